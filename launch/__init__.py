@@ -1,0 +1,1 @@
+"""How and where cells run; the command line."""

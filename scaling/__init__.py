@@ -1,0 +1,1 @@
+"""A grid of cells, and how one cell is planned, trained and recorded. Imports nothing heavy."""
