@@ -1,0 +1,243 @@
+"""The cell config: its schema, its validation, its fingerprint.
+
+A cell config is a plain nested mapping (sections of JSON values). ``SCHEMA`` is the single
+list of fields; ``validate_cell`` names the field, the value and what would be valid. The id
+of a cell is a hash of the canonical JSON of every field that can change its numbers: file
+paths cannot (the data's own fingerprint stands for them), remat and sharding must not, so
+they are not part of the cell at all.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message names the field, the value and what is valid."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One config field: type, test, the words for a valid value, the default (if any)."""
+
+    kind: type
+    valid: Callable[[Any], bool]
+    says: str
+    default: Any = dataclasses.MISSING
+    optional: bool = False
+    hashed: bool = True
+
+
+def _positive_int(default=dataclasses.MISSING, **kw) -> Field:
+    return Field(int, lambda x: x > 0, "a positive integer", default, **kw)
+
+
+def _positive(default=dataclasses.MISSING, **kw) -> Field:
+    return Field(float, lambda x: x > 0, "a positive number", default, **kw)
+
+
+def _fraction(default=dataclasses.MISSING) -> Field:
+    return Field(float, lambda x: 0 <= x < 1, "a number in [0, 1)", default)
+
+
+def _nonnegative(default=dataclasses.MISSING) -> Field:
+    return Field(float, lambda x: x >= 0, "zero or a positive number", default)
+
+
+def _choice(*names: str, default=dataclasses.MISSING) -> Field:
+    return Field(str, lambda x: x in names, "one of " + ", ".join(map(repr, names)), default)
+
+
+def _flag(default: bool) -> Field:
+    return Field(bool, lambda x: True, "True or False", default)
+
+
+def _count(default=dataclasses.MISSING) -> Field:
+    return Field(int, lambda x: x >= 0, "zero or a positive integer", default)
+
+
+SCHEMA: dict[str, dict[str, Field]] = {
+    "model": {
+        "family": _choice("transformer", default="transformer"),
+        "vocab": _positive_int(256),
+        "d_model": _positive_int(),
+        "layers": _positive_int(),
+        "heads": _positive_int(),
+        "kv_heads": _positive_int(),
+        "head_dim": Field(int, lambda x: x > 0 and x % 2 == 0, "a positive even integer (RoPE turns pairs)"),
+        "ffn_dim": _positive_int(),
+        "tied": _flag(True),
+        "qk_norm": _flag(True),
+        "rope_theta": _positive(10_000.0),
+        "norm_eps": _positive(1e-6),
+        "logits_soft_cap": _positive(None, optional=True),
+        "attention_soft_cap": _positive(None, optional=True),
+        "local_window": _positive_int(None, optional=True),
+        "cross_document": _flag(False),
+        "dtype": _choice("float32", "bfloat16", default="float32"),
+    },
+    "data": {
+        "source": _choice("stdlib", "text", "tokens", default="stdlib"),
+        "path": Field(str, lambda x: bool(x), "a folder", None, optional=True, hashed=False),
+        "seq": Field(int, lambda x: x > 1, "an integer above 1", 128),
+        "heldout_fraction": Field(float, lambda x: 0 < x < 1, "a number strictly between 0 and 1", 0.05),
+        "unique_tokens": _positive_int(None, optional=True),
+        "seed": _count(0),
+        "fingerprint": Field(str, lambda x: bool(x), "the data's content hash", None, optional=True),
+    },
+    "optim": {
+        "name": _choice("adamw", default="adamw"),
+        "lr": _positive(),
+        "beta1": _fraction(0.9),
+        "beta2": _fraction(0.95),
+        "eps": _positive(1e-8),
+        "weight_decay": _nonnegative(0.1),
+        "grad_clip": _positive(1.0, optional=True),
+    },
+    "schedule": {
+        "name": _choice("wsd", "cosine", "constant", default="wsd"),
+        "warmup_steps": _count(),
+        "decay_fraction": Field(float, lambda x: 0 < x <= 1, "a number in (0, 1]", 0.2),
+        "final_fraction": _fraction(0.0),
+    },
+    "train": {
+        "batch": _positive_int(),
+        "steps": _positive_int(),
+        "seed": _count(0),
+        "z_loss": _nonnegative(0.0),
+    },
+    "eval": {
+        "sequences": Field(int, lambda x: x > 1, "an integer above 1 (a standard error needs two)", 256),
+        "points": _positive_int(1),
+    },
+}
+
+
+def check_field(name: str, field: Field, value: Any) -> Any:
+    """Returns ``value`` in the field's own type, or raises ``ConfigError`` naming it."""
+    if value is None and field.optional:
+        return None
+    if field.kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    right_type = isinstance(value, field.kind) and (field.kind is bool or not isinstance(value, bool))
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if not (right_type and finite and field.valid(value)):
+        got = f"{value!r} ({type(value).__name__})"
+        raise ConfigError(
+            f"{name} is {got}; it must be {field.says}" + (" or None" if field.optional else "")
+        )
+    return value
+
+
+def check_keys(name: str, given: Mapping, known: Mapping | list) -> None:
+    """Raises ``ConfigError`` on the first key of ``given`` not in ``known``, with the nearest valid one."""
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), list(known), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{name} has an unknown key {key!r}{hint} Known keys: {', '.join(known)}")
+
+
+def validate_cell(cell: Mapping) -> dict:
+    """Checks a cell config and fills in the defaults.
+
+    Args:
+      cell: sections ``model, data, optim, schedule, train, eval`` as nested mappings.
+
+    Returns:
+      A new plain dict with every field of ``SCHEMA`` present, in schema order.
+
+    Raises:
+      ConfigError: an unknown section or key, a missing field, a wrong type or a value out of range.
+    """
+    check_keys("the cell", cell, SCHEMA)
+    out: dict[str, dict] = {}
+    for section, fields in SCHEMA.items():
+        given = cell.get(section, {})
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"{section} is {given!r}; it must be a mapping with keys {', '.join(fields)}")
+        check_keys(section, given, fields)
+        out[section] = {}
+        for key, field in fields.items():
+            value = given.get(key, field.default)
+            if value is dataclasses.MISSING:
+                raise ConfigError(f"{section}.{key} is missing; it must be {field.says}")
+            out[section][key] = check_field(f"{section}.{key}", field, value)
+    check_model(out["model"])
+    if out["schedule"]["warmup_steps"] >= out["train"]["steps"]:
+        raise ConfigError(
+            f"schedule.warmup_steps is {out['schedule']['warmup_steps']}; "
+            f"it must be less than train.steps = {out['train']['steps']}"
+        )
+    if out["data"]["source"] != "stdlib" and not out["data"]["path"]:
+        raise ConfigError(f"data.path is None; data.source = {out['data']['source']!r} needs a folder")
+    return out
+
+
+def check_model(model: Mapping) -> None:
+    """Raises ``ConfigError`` where the shape's parts do not fit each other."""
+    if model["heads"] * model["head_dim"] != model["d_model"]:
+        raise ConfigError(
+            f"model.heads is {model['heads']} with head_dim {model['head_dim']}; heads x head_dim must equal "
+            f"d_model = {model['d_model']} (heads that divide the width)"
+        )
+    if model["heads"] % model["kv_heads"]:
+        raise ConfigError(
+            f"model.kv_heads is {model['kv_heads']}; it must divide model.heads = {model['heads']}"
+        )
+
+
+def canonical_json(value: Any) -> str:
+    """Canonical JSON: sorted keys, no spaces, shortest exact floats.
+
+    Raises:
+      ConfigError: a value that JSON cannot write exactly (NaN, infinities, arrays, objects).
+    """
+
+    def exact(v, where):
+        if v is None or isinstance(v, (bool, int, str)):
+            return v
+        if isinstance(v, float):
+            if not math.isfinite(v):
+                raise ConfigError(f"{where} is {v!r}; a fingerprint takes finite numbers only")
+            return v
+        if isinstance(v, Mapping):
+            for k in v:
+                if not isinstance(k, str):
+                    raise ConfigError(f"{where} has the key {k!r}; keys must be strings")
+            return {k: exact(v[k], f"{where}.{k}") for k in v}
+        if isinstance(v, (list, tuple)):
+            return [exact(x, f"{where}[{i}]") for i, x in enumerate(v)]
+        raise ConfigError(f"{where} is a {type(v).__name__}; it cannot be written to JSON exactly")
+
+    return json.dumps(exact(value, "config"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def cell_id(cell: Mapping) -> str:
+    """The cell's id: 16 hex digits of SHA-256 over the canonical JSON of every hashed field."""
+    hashed = {
+        section: {k: cell[section][k] for k, field in fields.items() if field.hashed}
+        for section, fields in SCHEMA.items()
+    }
+    text = canonical_json({"version": SCHEMA_VERSION, **hashed})
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def to_plain(config: Any) -> Any:
+    """A ``ConfigDict`` (or any nested mapping) as plain dicts and lists, copied."""
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if isinstance(config, Mapping):
+        return {k: to_plain(v) for k, v in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_plain(v) for v in config]
+    return copy.copy(config)
