@@ -1,0 +1,42 @@
+# Everything sets itself up: a machine with python3 and make is enough.
+VENV ?= .venv
+PYTHON_VERSION ?=
+BIN := $(VENV)/bin
+STUDY ?= studies/quickstart
+
+.PHONY: quickstart test test-fast test-oldest oracles lint format clean venv
+
+venv:
+	@python3 tools/venv.py $(VENV) $(if $(PYTHON_VERSION),--python $(PYTHON_VERSION))
+
+quickstart: venv  ## plan, train, fit and report a small compute-optimal study (about 6 minutes on 2 cores)
+	@$(BIN)/scaling plan experiments/quickstart.py --study $(STUDY)
+	@$(BIN)/scaling run $(STUDY)
+	@$(BIN)/scaling fit $(STUDY)
+	@$(BIN)/scaling allocate $(STUDY) --budget 1e13
+	@$(BIN)/scaling report $(STUDY)
+
+test: venv lint  ## lint and every test
+	@$(BIN)/python -m pytest
+
+test-fast: venv  ## the tests that take seconds
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-oldest:  ## the fast tests on the oldest supported pair, Python 3.11 with jax 0.10.2
+	@python3 tools/venv.py .venv-oldest --python 3.11
+	@.venv-oldest/bin/python -m pytest -m "not slow"
+
+oracles:  ## compare with torch and transformers, in an environment of its own
+	@python3 tools/venv.py .venv-oracles --python 3.11 --extras dev,oracles
+	@.venv-oracles/bin/python -m pytest tests/oracles -m oracle
+
+lint: venv
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: venv
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .venv-* studies build *.egg-info
