@@ -1,4 +1,4 @@
-"""Makes a virtual environment with the project in it: ``python3 tools/venv.py .venv [--python 3.11] [--extras dev]``.
+"""Makes a virtual environment with the project in it: ``python3 tools/venv.py .venv``.
 
 Runs on a bare machine: any Python 3 with ``venv`` and ``pip``. It picks the newest Python
 between OLDEST and NEWEST that it finds (on PATH, through uv, in pyenv's folder), installs uv
@@ -87,8 +87,10 @@ def main():
             inputs.append(f.read())
     stamp = hashlib.sha256("\0".join(inputs).encode()).hexdigest()
     ready = os.path.join(args.venv, "ready")
-    if os.path.exists(ready) and open(ready).read() == stamp:
-        return
+    if os.path.exists(ready):
+        with open(ready) as f:
+            if f.read() == stamp:
+                return
 
     uv = get_uv(args.venv)
     python = choose_python(args.python, uv)
