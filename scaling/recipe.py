@@ -1,0 +1,200 @@
+"""From a target N to a shape, and from (N, D) to hyper-parameters: pure, cited rules.
+
+Every rule is written relative to a reference cell, a small run whose hyper-parameters were
+tuned, so that a constant never hides in an exponent. No rule sees a device: the same (N, D)
+gives the same cell on a laptop and on a pod.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from scaling.config import ConfigError, check_keys
+from scaling.flops import ledger
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The rules' constants. Units: tokens, parameters (all of them, embeddings included), FLOPs.
+
+    The reference cell is (params, tokens, batch_tokens, lr, beta2); every field ending in
+    ``_exponent`` says how far to move from it.
+    """
+
+    params: float
+    tokens: float
+    lr: float
+    batch_tokens: float
+    beta2: float = 0.95
+    """beta2 at the reference batch; its half-life is kept constant in tokens (Marek et al. 2025)."""
+    lr_params_exponent: float = -0.36
+    """lr ~ N^-0.36 (Porian et al. 2024, fitted for AdamW at standard parametrisation)."""
+    lr_tokens_exponent: float = -0.32
+    """lr ~ D^-0.32 at fixed batch (Bjorck et al. 2024)."""
+    lr_batch_exponent: float = 0.5
+    """lr ~ sqrt(B) for Adam (Malladi et al. 2022)."""
+    batch_tokens_exponent: float = 0.383
+    """B ~ D^0.383, independent of N (Bergsma et al. 2025, "Power Lines")."""
+    min_batch: int = 1
+    """Smallest batch, in sequences."""
+    tau: float = 0.224
+    """AdamW's timescale 1/(lr weight_decay steps) at 20 tokens per parameter (Bergsma et al. 2025)."""
+    tau_exponent: float = -0.527
+    """tau ~ (D/N)^-0.527 (Bergsma et al. 2025)."""
+    max_weight_decay: float = 1.0
+    warmup_params: float = 1.0
+    """Warm up over this many tokens per parameter (Porian et al. 2024: N tokens) ..."""
+    max_warmup_fraction: float = 0.1
+    """... but never over more than this share of the run."""
+    min_warmup_steps: int = 10
+    width_per_layer: float = 64.0
+    """Aspect ratio d_model / layers aimed at; the loss is flat around it (Kaplan et al. 2020, figure 5)."""
+    width_multiple: int = 64
+    """d_model is a multiple of this (and of the head size)."""
+    ffn_ratio: float = 8 / 3
+    """SwiGLU width over d_model: 8/3 keeps the parameters of a plain 4x MLP (Shazeer 2020)."""
+    ffn_multiple: int = 64
+    kv_group: int = 1
+    """Query heads per key/value head, where it divides the heads (Ainslie et al. 2023)."""
+
+
+def recipe_from_config(config: Mapping) -> Recipe:
+    """The ``recipe`` section of a study config as a ``Recipe``.
+
+    Raises:
+      ConfigError: an unknown key, a missing reference value, or one that is not a positive number
+        (exponents may have any sign).
+    """
+    fields = {f.name: f for f in dataclasses.fields(Recipe)}
+    check_keys("recipe", config, list(fields))
+    values = {}
+    for name, field in fields.items():
+        if name not in config:
+            if field.default is dataclasses.MISSING:
+                raise ConfigError(
+                    f"recipe.{name} is missing; it must be a positive number (the reference cell)"
+                )
+            continue
+        value = config[name]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or (value <= 0 and not name.endswith("_exponent")):
+            raise ConfigError(f"recipe.{name} is {value!r}; it must be a positive number")
+        if field.type == "int" and not isinstance(value, int):
+            raise ConfigError(f"recipe.{name} is {value!r}; it must be a positive integer")
+        values[name] = value
+    return Recipe(**values)
+
+
+def make_shape(recipe: Recipe, model: Mapping, d_model: int, layers: int) -> dict:
+    """The whole ``model`` section for a width and a depth.
+
+    Args:
+      recipe: the rules.
+      model: the fields that do not depend on size; must hold ``head_dim`` and ``vocab``.
+      d_model: residual width, a multiple of ``head_dim``.
+      layers: number of blocks.
+    """
+    heads = d_model // model["head_dim"]
+    kv_heads = heads // recipe.kv_group if heads % recipe.kv_group == 0 else heads
+    ffn = recipe.ffn_multiple * max(1, round(recipe.ffn_ratio * d_model / recipe.ffn_multiple))
+    return {
+        **model,
+        "d_model": d_model,
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "ffn_dim": ffn,
+    }
+
+
+def shape(recipe: Recipe, model: Mapping, params: float, seq: int) -> dict:
+    """The buildable shape nearest to a target N.
+
+    Among all widths (multiples of ``width_multiple`` and of the head size) and depths whose N lies
+    within 10 % of the target, the one whose aspect ratio is nearest to ``width_per_layer``; where
+    none lies so near, the nearest N.
+
+    Args:
+      recipe: the rules.
+      model: the fields of the ``model`` section that do not depend on size.
+      params: target N, all parameters counted.
+      seq: sequence length (the ledger needs it; N does not depend on it).
+
+    Returns:
+      A whole ``model`` section.
+
+    Raises:
+      ConfigError: ``params`` is not positive, or is smaller than half the smallest shape.
+    """
+    if not (math.isfinite(params) and params > 0):
+        raise ConfigError(f"params is {params!r}; a target N must be a positive number")
+    step = math.lcm(recipe.width_multiple, model["head_dim"])
+    best, best_key = None, None
+    width = step
+    while True:
+        one, two = (_params(recipe, model, width, k, seq) for k in (1, 2))
+        if best is not None and one > 2 * params:
+            break
+        guess = 1 + (params - one) / (two - one)
+        for layers in {max(1, math.floor(guess)), max(1, math.ceil(guess))}:
+            n = one + (layers - 1) * (two - one)
+            miss = abs(math.log(n / params))
+            aspect = abs(math.log(width / layers / recipe.width_per_layer))
+            key = (0, aspect, miss) if miss <= math.log(1.1) else (1, miss, aspect)
+            if best_key is None or key < best_key:
+                best, best_key = (width, layers), key
+        width += step
+    if best_key[0] == 1 and best_key[1] > math.log(2):
+        smallest = _params(recipe, model, step, 1, seq)
+        raise ConfigError(
+            f"params is {params:g}; the smallest shape of this recipe (d_model {step}, 1 layer) has {smallest:,}"
+        )
+    return make_shape(recipe, model, *best)
+
+
+def _params(recipe: Recipe, model: Mapping, d_model: int, layers: int, seq: int) -> int:
+    return ledger(make_shape(recipe, model, d_model, layers), seq).params_total
+
+
+def batch_sequences(recipe: Recipe, tokens: float, seq: int) -> int:
+    """Batch in sequences for a run of D tokens: B ~ D^0.383, rounded to a power of two."""
+    batch_tokens = recipe.batch_tokens * (tokens / recipe.tokens) ** recipe.batch_tokens_exponent
+    return max(recipe.min_batch, 2 ** max(0, round(math.log2(batch_tokens / seq))))
+
+
+def hparams(recipe: Recipe, params: float, tokens: float, batch_tokens: float) -> dict:
+    """Optimizer and warm-up settings for the cell's real N, D and B.
+
+    Args:
+      recipe: the rules and the reference cell.
+      params: N, all parameters.
+      tokens: D, training tokens.
+      batch_tokens: B, tokens in one step.
+
+    Returns:
+      ``lr``, ``beta2``, ``weight_decay`` (decoupled, multiplied by lr in the update) and
+      ``warmup_steps``. Rounded to 4 significant digits, so that a config reads well and hashes alike.
+    """
+    steps = max(1.0, tokens / batch_tokens)
+    lr = (
+        recipe.lr
+        * (params / recipe.params) ** recipe.lr_params_exponent
+        * (tokens / recipe.tokens) ** recipe.lr_tokens_exponent
+        * (batch_tokens / recipe.batch_tokens) ** recipe.lr_batch_exponent
+    )
+    tau = recipe.tau * (tokens / params / 20) ** recipe.tau_exponent
+    warmup = min(recipe.warmup_params * params, recipe.max_warmup_fraction * tokens) / batch_tokens
+    warmup = max(recipe.min_warmup_steps, math.ceil(warmup))
+    return {
+        "lr": round4(lr),
+        "beta2": round4(recipe.beta2 ** (batch_tokens / recipe.batch_tokens)),
+        "weight_decay": round4(min(recipe.max_weight_decay, 1 / (lr * steps * tau))),
+        "warmup_steps": min(warmup, max(0, math.floor(steps) - 1)),
+    }
+
+
+def round4(x: float) -> float:
+    """``x`` to 4 significant digits."""
+    return float(f"{x:.4g}")
