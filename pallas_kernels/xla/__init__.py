@@ -1,0 +1,1 @@
+"""Implementations in plain JAX, left to XLA to compile; they run on every platform."""

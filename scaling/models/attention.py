@@ -1,0 +1,73 @@
+"""Grouped-query attention with rotary positions and query-key normalisation."""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels import dot_product_attention
+from scaling.models import init
+from scaling.models.norm import RMSNorm
+
+
+def rope_table(positions_BT, head_dim: int, theta: float):
+    """Cosines and sines of the rotary angles, float32 [B, T, 1, head_dim / 2] each.
+
+    Pair i turns by position x theta^(-2i / head_dim) (Su et al. 2021, section 3.2.2).
+    """
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    angles = positions_BT[:, :, None].astype(jnp.float32) * theta**-exponents
+    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+
+
+def rotate(x_BTNH, rope):
+    """Turns the pairs (x[i], x[i + H/2]) by the angles of ``rope_table``, in float32 inside.
+
+    Halves, not neighbours, are paired, as in Llama's and Qwen's published weights.
+    """
+    cos, sin = rope
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal attention: N query heads share K key-value heads (Ainslie et al. 2023).
+
+    Query-key normalisation is an RMSNorm over each head's channels, before the rotation, with one
+    scale for all heads (Dehghani et al. 2023, in the form of Qwen3). A local window of w tokens
+    includes the token itself.
+    """
+
+    def __init__(self, cfg, rngs: nnx.Rngs):
+        D, N, K, H = cfg["d_model"], cfg["heads"], cfg["kv_heads"], cfg["head_dim"]
+        self.q = init.matrix(rngs, D, N * H)
+        self.k = init.matrix(rngs, D, K * H)
+        self.v = init.matrix(rngs, D, K * H)
+        self.out = init.matrix(rngs, N * H, D, init.residual_gain(cfg["layers"]))
+        if cfg["qk_norm"]:
+            self.q_norm = RMSNorm(H, cfg["norm_eps"])
+            self.k_norm = RMSNorm(H, cfg["norm_eps"])
+        self.qk_norm = cfg["qk_norm"]
+        self.head_dim = H
+        self.soft_cap = cfg["attention_soft_cap"]
+        self.window = None if cfg["local_window"] is None else (cfg["local_window"] - 1, 0)
+        self.dtype = jnp.dtype(cfg["dtype"])
+
+    def __call__(self, x_BTD, rope, segment_ids_BT):
+        """[B, T, D] to [B, T, D], in the compute dtype; segments None: one document a row."""
+        B, T, _ = x_BTD.shape
+        w_q, w_k, w_v, w_out = (w[...].astype(self.dtype) for w in (self.q, self.k, self.v, self.out))
+        q_BTNH = (x_BTD @ w_q).reshape(B, T, -1, self.head_dim)
+        k_BTKH = (x_BTD @ w_k).reshape(B, T, -1, self.head_dim)
+        v_BTKH = (x_BTD @ w_v).reshape(B, T, -1, self.head_dim)
+        if self.qk_norm:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        mixed_BTNH = dot_product_attention(
+            rotate(q_BTNH, rope),
+            rotate(k_BTKH, rope),
+            v_BTKH,
+            is_causal=True,
+            local_window_size=self.window,
+            q_segment_ids=segment_ids_BT,
+            logits_soft_cap=self.soft_cap,
+        )
+        return mixed_BTNH.reshape(B, T, -1) @ w_out

@@ -1,0 +1,151 @@
+"""A decoder-only language model: embedding, stacked layers, final norm, head.
+
+Flax NNX describes the modules; they are split into arrays once, and what leaves this file is a
+pure function of a plain nested dict of arrays.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from scaling.config import ConfigError
+from scaling.models import init
+from scaling.models.attention import Attention, rope_table
+from scaling.models.norm import RMSNorm
+from scaling.models.swiglu import SwiGLU
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Block(nnx.Module):
+    """One pre-norm layer: x + mixer(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, cfg, rngs: nnx.Rngs):
+        self.mixer_norm = RMSNorm(cfg["d_model"], cfg["norm_eps"])
+        self.mixer = Attention(cfg, rngs)
+        self.ffn_norm = RMSNorm(cfg["d_model"], cfg["norm_eps"])
+        self.ffn = SwiGLU(cfg, rngs)
+
+    def __call__(self, x_BTD, rope, segment_ids_BT):
+        x_BTD = x_BTD + self.mixer(self.mixer_norm(x_BTD), rope, segment_ids_BT)
+        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+
+
+class Embedding(nnx.Module):
+    """The token table, float32 [V, D]; also the head where the model is tied."""
+
+    def __init__(self, cfg, rngs: nnx.Rngs):
+        self.table = nnx.Param(init.matrix(rngs, cfg["d_model"], cfg["vocab"])[...].T)
+        self.dtype = jnp.dtype(cfg["dtype"])
+
+    def __call__(self, tokens_BT):
+        return jnp.take(self.table[...].astype(self.dtype), tokens_BT, axis=0)
+
+
+class LM(nnx.Module):
+    """The language model; every array of ``blocks`` has a leading axis of length ``layers``."""
+
+    def __init__(self, cfg, rngs: nnx.Rngs, *, unroll: bool = False, remat: str = "none"):
+        self.embed = Embedding(cfg, rngs)
+        self.blocks = nnx.vmap(lambda layer_rngs: Block(cfg, layer_rngs))(rngs.split(cfg["layers"]))
+        self.final_norm = RMSNorm(cfg["d_model"], cfg["norm_eps"])
+        if not cfg["tied"]:
+            self.head = init.matrix(rngs, cfg["d_model"], cfg["vocab"])
+        self.tied = cfg["tied"]
+        self.layers = cfg["layers"]
+        self.head_dim, self.rope_theta = cfg["head_dim"], cfg["rope_theta"]
+        self.soft_cap = cfg["logits_soft_cap"]
+        self.cross_document = cfg["cross_document"]
+        self.dtype = jnp.dtype(cfg["dtype"])
+        self.unroll, self.remat = unroll, remat
+
+    def __call__(self, inputs_BT, segment_ids_BT=None, positions_BT=None):
+        """int [B, T] to logits, float32 [B, T, V]."""
+        B, T = inputs_BT.shape
+        if self.cross_document:
+            segment_ids_BT = positions_BT = None
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+        rope = rope_table(positions_BT, self.head_dim, self.rope_theta)
+        x_BTD = self.embed(inputs_BT)
+        x_BTD = self.run_blocks(x_BTD, rope, segment_ids_BT)
+        x_BTD = self.final_norm(x_BTD)
+        head_DV = self.embed.table[...].T if self.tied else self.head[...]
+        logits_BTV = jnp.matmul(x_BTD, head_DV.astype(self.dtype), preferred_element_type=jnp.float32)
+        if self.soft_cap is not None:
+            logits_BTV = self.soft_cap * jnp.tanh(logits_BTV / self.soft_cap)
+        return logits_BTV
+
+    def run_blocks(self, x_BTD, rope, segment_ids_BT):
+        """All layers, one after the other: one scanned body, or a Python loop when unrolled."""
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def layer(x_BTD, arrays):
+            return nnx.merge(graphdef, arrays)(x_BTD, rope, segment_ids_BT), None
+
+        if self.remat != "none":
+            # Inside a scan nothing can merge the recomputed values with the first ones.
+            layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=self.unroll)
+        if not self.unroll:
+            return jax.lax.scan(layer, x_BTD, stacked)[0]
+        for i in range(self.layers):
+            x_BTD, _ = layer(x_BTD, jax.tree.map(lambda a, i=i: a[i], stacked))
+        return x_BTD
+
+
+def build(model_cfg, *, seed: int, unroll: bool = False, remat: str = "none"):
+    """The model as a pure function and its initial parameters.
+
+    Args:
+      model_cfg: the "model" section of a cell config, every field present.
+      seed: decides the initial parameters, with the config, alone (rule: ``scaling.models.init``).
+      unroll: layers in a Python loop instead of a scan; same parameters, same layout. For
+        counting FLOPs and for debugging.
+      remat: what the backward pass recomputes: "none", "full" (every layer from its input), "dots"
+        (everything but the outputs of the weight matmuls).
+
+    Returns:
+      (apply, params): ``apply(params, inputs_BT, segment_ids_BT=None, positions_BT=None)`` gives
+      float32 logits [B, T, V] and is pure and jittable; ``params`` is a nested dict of float32
+      arrays, those under "blocks" stacked over layers. Segments None: a row is one document.
+      Positions None: they count from 0 along the row. With ``cross_document`` the row is one
+      stream, so that segments and positions given are not used.
+
+    Raises:
+      ConfigError: an unknown remat policy.
+    """
+    if remat not in REMAT:
+        raise ConfigError(f"remat is {remat!r}; it must be one of {', '.join(map(repr, REMAT))}")
+    cfg = dict(model_cfg)
+
+    def make(key):
+        return nnx.split(LM(cfg, nnx.Rngs(params=key), unroll=unroll, remat=remat))
+
+    graphdef, _ = jax.eval_shape(make, jax.random.key(0))
+
+    def apply(params, inputs_BT, segment_ids_BT=None, positions_BT=None):
+        return nnx.merge(graphdef, params)(inputs_BT, segment_ids_BT, positions_BT)
+
+    return apply, init_params(cfg, seed)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(cfg_items, seed):
+    model = LM(dict(cfg_items), nnx.Rngs(params=jax.random.key(seed)))
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+def init_params(model_cfg, seed):
+    """The initial parameters alone; ``seed`` may be a traced integer."""
+    return _init(tuple(sorted(dict(model_cfg).items())), seed)
+
+
+def abstract_params(model_cfg):
+    """The parameters' shapes and dtypes (``jax.ShapeDtypeStruct``), nothing computed."""
+    return jax.eval_shape(lambda: init_params(model_cfg, 0))

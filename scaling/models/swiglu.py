@@ -1,0 +1,23 @@
+"""The gated feed-forward network."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from scaling.models import init
+
+
+class SwiGLU(nnx.Module):
+    """(silu(x W_gate) * x W_up) W_down, without biases (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, cfg, rngs: nnx.Rngs):
+        D, F = cfg["d_model"], cfg["ffn_dim"]
+        self.gate = init.matrix(rngs, D, F)
+        self.up = init.matrix(rngs, D, F)
+        self.down = init.matrix(rngs, F, D, init.residual_gain(cfg["layers"]))
+        self.dtype = jnp.dtype(cfg["dtype"])
+
+    def __call__(self, x_BTD):
+        """[B, T, D] to [B, T, D], in the compute dtype."""
+        gate, up, down = (w[...].astype(self.dtype) for w in (self.gate, self.up, self.down))
+        return (jax.nn.silu(x_BTD @ gate) * (x_BTD @ up)) @ down
