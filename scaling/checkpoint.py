@@ -1,0 +1,115 @@
+"""Checkpoints of a cell: written by Orbax, verified on the way back.
+
+A checkpoint is the train state and a small metadata record (the cell's id, a digest of every
+array, the training seconds so far). A kill in mid-save leaves only a temporary folder, which Orbax ignores;
+a checkpoint that cannot be read back, or whose digest differs, is set aside and the one before
+it is used.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import zlib
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from scaling.files import StudyError, explain_os_error
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one cell.
+
+    Args:
+      folder: where they lie; made if missing.
+      cell: the cell's id, stored and compared.
+      keep: how many to keep.
+    """
+
+    def __init__(self, folder: Path, cell: str, keep: int = 2):
+        self.folder, self.cell = Path(folder).absolute(), cell
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True, create=True
+        )
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, state, seconds: float) -> None:
+        """Saves the state at its own step, whole or not at all.
+
+        Raises:
+          StudyError: the disk is full or the folder cannot be written.
+        """
+        step = int(state.step)
+        metadata = {"cell": self.cell, "digest": digest(state), "seconds": seconds}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata))
+        try:
+            self.manager.save(step, args=items, force=True)
+            self.manager.wait_until_finished()
+        except OSError as error:
+            raise StudyError(explain_os_error(error, self.folder)) from error
+        except ValueError as error:
+            # TensorStore reports a full disk as a ValueError that carries the C error's words
+            if "No space left" in str(error):
+                raise StudyError(
+                    f"the disk is full: no checkpoint could be written in {self.folder}; free some space "
+                    "and run the same command again"
+                ) from error
+            raise
+
+    def restore(self, like) -> tuple[object, float] | None:
+        """The newest checkpoint that reads back whole, and its training seconds; None where there is none.
+
+        Args:
+          like: a state with the structure, shapes and dtypes expected.
+
+        Raises:
+          StudyError: a checkpoint of another cell.
+        """
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                metadata = self.manager.restore(
+                    step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
+                ).metadata
+                abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+                state = self.manager.restore(
+                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+                ).state
+                problem = None if metadata["digest"] == digest(state) else "its digest does not match"
+            except Exception as error:  # Orbax raises many kinds for a damaged file; any means: not usable
+                problem = f"it cannot be read ({type(error).__name__})"
+            if problem is None:
+                if metadata["cell"] != self.cell:
+                    raise StudyError(
+                        f"{self.folder}/{step} belongs to cell {metadata['cell']}, not {self.cell}; "
+                        "remove it or use another study folder"
+                    )
+                return state, float(metadata["seconds"])
+            log.warning(
+                "checkpoint %s/%s is corrupt: %s; the one before it is used", self.folder, step, problem
+            )
+            self._set_aside(step)
+        return None
+
+    def _set_aside(self, step: int) -> None:
+        source, target = self.folder / str(step), self.folder.parent / f"corrupt-checkpoint-{step}"
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.move(source, target)
+        self.manager.reload()
+
+    def close(self) -> None:
+        self.manager.close()
+
+
+def digest(tree) -> str:
+    """CRC-32 over the names, dtypes and bytes of a tree's arrays, in order."""
+    crc = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        name = f"{jax.tree_util.keystr(path)}:{array.dtype}:{array.shape}"
+        crc = zlib.crc32(np.ascontiguousarray(array).tobytes(), zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"

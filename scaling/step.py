@@ -1,0 +1,58 @@
+"""One training step: loss, gradient, update. A pure function of arrays."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from scaling.models.loss import loss_fn
+from scaling.optim import make_optimizer
+from scaling.schedules import learning_rate
+
+
+class TrainState(NamedTuple):
+    """Everything that a resumed run needs besides its config; the data position is ``step``."""
+
+    step: jax.Array  # int32 scalar: updates done
+    params: dict  # float32 arrays
+    opt_state: optax.OptState
+
+
+def init_state(params, optim: str, schedule: str, hp) -> TrainState:
+    """The state before the first step, owning fresh buffers."""
+    params = jax.tree.map(jnp.array, params)
+    return TrainState(jnp.int32(0), params, make_optimizer(optim, schedule, hp, params).init(params))
+
+
+def train_step(apply, optim: str, schedule: str, state: TrainState, batch, hp):
+    """One update.
+
+    Args:
+      apply: ``apply(params, inputs_BT, segment_ids_BT, positions_BT) -> logits_BTV``.
+      optim: optimizer name (static).
+      schedule: schedule name (static).
+      state: before the step.
+      batch: arrays ``inputs, targets, segment_ids, positions, loss_mask``, each [batch, seq].
+      hp: traced hyper-parameters (``scaling.optim.hyper_parameters``).
+
+    Returns:
+      The state after the step, and float32 scalars ``loss`` (nats per token, before the update),
+      ``grad_norm`` (before clipping) and ``lr``.
+    """
+
+    def loss_of(params):
+        return loss_fn(apply, params, batch, hp["z_loss"])
+
+    (_, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    optimizer = make_optimizer(optim, schedule, hp, state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+        "loss": aux["nats"],
+        "grad_norm": optax.global_norm(grads),
+        "lr": learning_rate(schedule, state.step, hp),
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics

@@ -1,0 +1,308 @@
+"""Training one cell: resume, step, evaluate, record.
+
+``train(cell, folder)`` may be killed at any moment and called again: it goes on from the newest
+whole checkpoint and ends with the same ``result.json`` and ``metrics.jsonl``, byte for byte on
+CPU. Timings live in ``timing.json``, apart from the numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from scaling import __version__, data
+from scaling.checkpoint import Checkpoints
+from scaling.config import ConfigError, cell_id, validate_cell
+from scaling.data import Stream, heldout_batches
+from scaling.evaluate import held_out_loss
+from scaling.files import CellFolder, StudyError, explain_os_error, read_jsonl, write_json, write_whole
+from scaling.flops import ledger
+from scaling.models.lm import build
+from scaling.models.loss import eval_sums
+from scaling.optim import hyper_parameters
+from scaling.step import init_state, train_step
+
+LOGGED_POINTS = 200
+"""About how many lines of metrics.jsonl a cell writes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a cell runs, not what it computes: no field changes a number."""
+
+    remat: str = "none"
+    checkpoint_seconds: float = 60.0
+    """Save when this much time has passed since the last save."""
+    checkpoint_steps: int | None = None
+    """Save also every so many steps."""
+    prefetch: int = 2
+
+
+class Diverged(Exception):
+    """The loss is not a number, or ran away."""
+
+
+@functools.lru_cache(maxsize=8)
+def compiled(model_items: tuple, optim: str, schedule: str, remat: str):
+    """The jitted step and evaluation of a shape; cells that share a shape share them."""
+    model = dict(model_items)
+    apply, _ = build(model, seed=0, remat=remat)
+    step = jax.jit(functools.partial(train_step, apply, optim, schedule), donate_argnums=0)
+    return step, jax.jit(functools.partial(eval_sums, apply))
+
+
+def train(
+    cell: Mapping,
+    folder: CellFolder,
+    execution: Execution | None = None,
+    on_metrics: Callable[[dict], None] | None = None,
+) -> dict:
+    """Trains a cell to its end and writes its result; a finished cell is only read.
+
+    Args:
+      cell: a cell config (validated again here).
+      folder: where it lives; made if missing.
+      execution: how to run it.
+      on_metrics: called with every logged line.
+
+    Returns:
+      The content of ``result.json``: ``status`` is ``finished`` or ``diverged`` (then ``loss`` is None).
+
+    Raises:
+      ConfigError: the cell cannot be run, or the data is not the data it was planned on.
+      StudyError: the folder is of another cell, cannot be written, or the disk is full.
+    """
+    cell, execution = validate_cell(cell), execution or Execution()
+    name = cell_id(cell)
+    if folder.config.exists():
+        stored = cell_id(validate_cell(json.loads(folder.config.read_text())))
+        if stored != name:
+            raise StudyError(f"{folder.path} holds cell {stored}, not {name}; use another study folder")
+    if folder.result.exists():
+        return json.loads(folder.result.read_text())
+    write_json(folder.config, cell)
+
+    dataset = open_planned_data(cell)
+    run = Run(cell, name, folder, execution, dataset, on_metrics)
+    try:
+        result = run.to_the_end()
+    except Diverged as reason:
+        result = run.result("diverged", [], str(reason))
+    finally:
+        run.checkpoints.close()
+    write_json(folder.timing, run.timing())
+    write_json(folder.result, result)
+    return result
+
+
+def open_planned_data(cell: Mapping):
+    """The cell's data set.
+
+    Raises:
+      ConfigError: its content is not what the cell was planned on, or the vocabulary is too small.
+    """
+    dataset = data.open_data(cell["data"])
+    planned = cell["data"]["fingerprint"]
+    if planned is not None and planned != dataset.fingerprint:
+        raise ConfigError(
+            f"data.fingerprint is {planned!r} but the data found here has {dataset.fingerprint!r}: it has changed "
+            "since the study was planned (for stdlib data: another Python); plan a new study on it"
+        )
+    if dataset.vocab > cell["model"]["vocab"]:
+        raise ConfigError(
+            f"model.vocab is {cell['model']['vocab']} but the data has token ids up to {dataset.vocab - 1}; "
+            f"it must be at least {dataset.vocab}"
+        )
+    return dataset
+
+
+class Run:
+    """One attempt at a cell."""
+
+    def __init__(self, cell, name, folder, execution, dataset, on_metrics):
+        self.cell, self.name, self.folder, self.execution = cell, name, folder, execution
+        self.dataset, self.on_metrics = dataset, on_metrics
+        train_cfg = cell["train"]
+        self.steps, self.batch, self.seq = train_cfg["steps"], train_cfg["batch"], cell["data"]["seq"]
+        self.stream = Stream(dataset.train, self.seq, self.batch, train_cfg["seed"])
+        self.heldout = heldout_batches(
+            dataset.heldout, self.seq, eval_batch(self.batch, self.seq), cell["eval"]["sequences"]
+        )
+        self.account = ledger(cell["model"], self.seq)
+        self.checkpoints = Checkpoints(folder.checkpoints, name)
+        self.seconds_before = 0.0
+        self.started = time.perf_counter()
+        self.first_step = 0
+
+    def to_the_end(self) -> dict:
+        """Steps, evaluations and checkpoints from wherever the cell stands to its last step."""
+        cell = self.cell
+        step_fn, self.eval_fn = compiled(
+            tuple(sorted(cell["model"].items())),
+            cell["optim"]["name"],
+            cell["schedule"]["name"],
+            self.execution.remat,
+        )
+        hp = hyper_parameters(cell)
+        state = self.start(hp)
+        metrics_file = self.open_metrics()
+        evals = self.evals_so_far
+        log_every = max(1, self.steps // LOGGED_POINTS)
+        eval_steps = self.eval_steps()
+        pending = None
+        last_save = time.perf_counter()
+        batches = self.stream.iterate(self.first_step, self.steps, prefetch=self.execution.prefetch)
+        with metrics_file:
+            for step, batch in zip(range(self.first_step, self.steps), batches, strict=True):
+                state, metrics = step_fn(state, batch, hp)
+                if pending is not None:  # one step late, so that the device never waits for Python
+                    self.check_and_log(*pending, log_every, metrics_file)
+                pending = (step, metrics)
+                done = step + 1
+                if done in eval_steps:
+                    self.check_and_log(*pending, log_every, metrics_file)
+                    pending = None
+                    evals = [*evals, self.evaluate(done, state.params)]
+                    if done < self.steps:
+                        write_line(metrics_file, {"step": done, "eval": evals[-1]})
+                if self.save_due(done, last_save) or done == self.steps:
+                    if pending is not None:
+                        self.check_and_log(*pending, log_every, metrics_file)
+                        pending = None
+                    self.checkpoints.save(state, self.seconds())
+                    last_save = time.perf_counter()
+            if self.first_step == self.steps:  # killed between the last save and the result
+                evals = [*evals, self.evaluate(self.steps, state.params)]
+        return self.result("finished", evals, None)
+
+    def start(self, hp):
+        """The restored state, or the initial one."""
+        cell = self.cell
+        _, params = build(cell["model"], seed=cell["train"]["seed"])
+        state = init_state(params, cell["optim"]["name"], cell["schedule"]["name"], hp)
+        restored = self.checkpoints.restore(state)
+        if restored is not None:
+            state, self.seconds_before = restored
+            state = jax.tree.map(jax.numpy.array, state)  # buffers of our own: the step donates them
+            self.first_step = int(state.step)
+        return state
+
+    def open_metrics(self):
+        """Cuts the metrics back to the resumed step and opens them for appending."""
+        rows = [r for r in read_jsonl(self.folder.metrics) if r["step"] <= self.first_step]
+        self.evals_so_far = [r["eval"] for r in rows if "eval" in r]
+        write_whole(self.folder.metrics, "".join(to_line(r) for r in rows))
+        return open(self.folder.metrics, "a", buffering=1)
+
+    def eval_steps(self) -> set[int]:
+        points = self.cell["eval"]["points"]
+        return {round(self.steps * (i + 1) / points) for i in range(points)} - {0}
+
+    def save_due(self, done: int, last_save: float) -> bool:
+        every = self.execution.checkpoint_steps
+        if every is not None and done % every == 0:
+            return True
+        return time.perf_counter() - last_save > self.execution.checkpoint_seconds
+
+    def check_and_log(self, step: int, metrics, log_every: int, file) -> None:
+        """Reads one step's metrics, ends a run that diverged, writes every ``log_every``-th."""
+        loss = float(metrics["loss"])
+        runaway = 2 * math.log(self.cell["model"]["vocab"])
+        if not math.isfinite(loss):
+            raise Diverged(f"the training loss was {loss} at step {step + 1}")
+        if step >= self.cell["schedule"]["warmup_steps"] and loss > runaway:
+            raise Diverged(
+                f"the training loss was {loss:.3f} at step {step + 1}, "
+                f"over twice that of a uniform guess ({runaway / 2:.3f})"
+            )
+        if (step + 1) % log_every == 0 or step + 1 == self.steps:
+            line = {
+                "step": step + 1,
+                "tokens": (step + 1) * self.batch * self.seq,
+                "loss": loss,
+                "grad_norm": float(metrics["grad_norm"]),
+                "lr": float(metrics["lr"]),
+            }
+            write_line(file, line)
+            if self.on_metrics is not None:
+                self.on_metrics({**line, "seconds": self.seconds()})
+
+    def evaluate(self, done: int, params) -> dict:
+        scores = held_out_loss(self.eval_fn, params, self.heldout, self.dataset.bytes_per_token)
+        if not np.isfinite(scores["loss"]) or not np.isfinite(scores["loss_stderr"]):
+            raise Diverged(f"the held-out loss was {scores['loss']} at step {done}")
+        if done == self.steps and scores["loss"] > math.log(self.cell["model"]["vocab"]):
+            raise Diverged(f"the final held-out loss, {scores['loss']:.3f}, is worse than a uniform guess")
+        return {"step": done, "tokens": done * self.batch * self.seq, **scores}
+
+    def result(self, status: str, evals: list[dict], reason: str | None) -> dict:
+        """The result file: numbers that depend on the cell and the device kind alone."""
+        account, tokens = self.account, self.steps * self.batch * self.seq
+        final = evals[-1] if evals else {}
+        return {
+            "cell": self.name,
+            "status": status,
+            "reason": reason,
+            "loss": final.get("loss"),
+            "loss_stderr": final.get("loss_stderr"),
+            "bits_per_byte": final.get("bits_per_byte"),
+            "steps": self.steps,
+            "tokens": tokens,
+            "unique_tokens": int(self.stream.unique_tokens_at(self.steps)),
+            "epochs": float(self.stream.epochs_at(self.steps)),
+            "flops": account.train_flops(tokens, "exact"),
+            "evals": evals,
+            "data": self.dataset.fingerprint,
+            "device_kind": jax.devices()[0].device_kind,
+            "devices": 1,
+            "versions": {
+                "scaling": __version__,
+                "jax": jax.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+    def seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def timing(self) -> dict:
+        """Wall time of all attempts that led to this result, and memory where the device tells."""
+        memory = jax.devices()[0].memory_stats() or {}
+        return {
+            "wall_seconds": self.seconds(),
+            "device_seconds": self.seconds(),
+            "resumed_from_step": self.first_step,
+            "peak_bytes": memory.get("peak_bytes_in_use"),
+            "finished_at": time.time(),
+        }
+
+
+def eval_batch(batch: int, seq: int) -> int:
+    """Sequences in one evaluation batch: at most 16,384 tokens, so that memory stays that of training."""
+    return max(1, min(64, max(batch, 16384 // seq)))
+
+
+def to_line(row: dict) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def write_line(file, row: dict) -> None:
+    """Appends one whole line.
+
+    Raises:
+      StudyError: the disk is full.
+    """
+    try:
+        file.write(to_line(row))
+    except OSError as error:
+        raise StudyError(explain_os_error(error, Path(file.name))) from error
