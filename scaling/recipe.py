@@ -149,7 +149,7 @@ def shape(recipe: Recipe, model: Mapping, params: float, seq: int) -> dict:
     if best_key[0] == 1 and best_key[1] > math.log(2):
         smallest = _params(recipe, model, step, 1, seq)
         raise ConfigError(
-            f"params is {params:g}; the smallest shape of this recipe (d_model {step}, 1 layer) has {smallest:,}"
+            f"params is {params:g}; this recipe's smallest shape (d_model {step}, 1 layer) has {smallest:,}"
         )
     return make_shape(recipe, model, *best)
 

@@ -114,8 +114,8 @@ def open_planned_data(cell: Mapping):
     planned = cell["data"]["fingerprint"]
     if planned is not None and planned != dataset.fingerprint:
         raise ConfigError(
-            f"data.fingerprint is {planned!r} but the data found here has {dataset.fingerprint!r}: it has changed "
-            "since the study was planned (for stdlib data: another Python); plan a new study on it"
+            f"data.fingerprint is {planned!r} but the data found here has {dataset.fingerprint!r}: it has "
+            "changed since the study was planned (for stdlib data: another Python); plan a new study on it"
         )
     if dataset.vocab > cell["model"]["vocab"]:
         raise ConfigError(

@@ -1,0 +1,226 @@
+"""From a study config to a manifest: the resolved list of cells, and the dropped ones with reasons.
+
+Nothing is trained here. The same config on the same data gives the same ids, in the same order.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from scaling.config import ConfigError, canonical_json, cell_id, validate_cell
+from scaling.files import StudyError, read_json, write_json
+from scaling.flops import ledger
+from scaling.recipe import Recipe, batch_sequences, hparams, recipe_from_config, shape
+from scaling.study import CONVENTIONS
+
+MANIFEST_SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One wanted cell: N, and either D or C."""
+
+    params: float
+    tokens: float | None = None
+    flops: float | None = None
+    seed: int = 0
+    overrides: tuple = ()
+
+    def describe(self) -> dict:
+        return {"params": self.params, "tokens": self.tokens, "flops": self.flops, "seed": self.seed}
+
+
+def targets(study: Mapping) -> list[Target]:
+    """The wanted cells of a study, in planned order."""
+    grid, seeds = study["grid"], study["seeds"]
+    if grid["kind"] == "list":
+        return [
+            Target(
+                c["params"],
+                c.get("tokens"),
+                c.get("flops"),
+                c.get("seed", seed),
+                tuple(sorted(c.get("set", {}).items())),
+            )
+            for c in grid["cells"]
+            for seed in ([c["seed"]] if "seed" in c else seeds)
+        ]
+    if grid["kind"] == "product":
+        return [Target(n, tokens=d, seed=s) for n in grid["params"] for d in grid["tokens"] for s in seeds]
+    sizes = grid["params"]
+    per_budget = sizes if isinstance(sizes[0], list) else [sizes] * len(grid["budgets"])
+    return [
+        Target(n, flops=c, seed=s)
+        for c, ns in zip(grid["budgets"], per_budget, strict=True)
+        for n in ns
+        for s in seeds
+    ]
+
+
+def plan(study: Mapping, data: Mapping) -> dict:
+    """Resolves a study into its manifest.
+
+    Args:
+      study: from ``scaling.study.validate_study``.
+      data: what is known of the data set: ``fingerprint``, ``vocab``, ``unique_tokens`` (training
+        tokens in one pass), ``bytes_per_token``.
+
+    Returns:
+      The manifest, plain JSON: ``study, revision, config, data, flops_convention, cells, dropped``.
+
+    Raises:
+      ConfigError: a config that cannot be run, or a grid with no cell left.
+    """
+    recipe = recipe_from_config(study["recipe"])
+    cells, dropped, seen = [], [], {}
+    for target in targets(study):
+        try:
+            cell = resolve(study, recipe, target, data)
+            reason = why_drop(study["grid"], target, cell, data, study["flops_convention"])
+        except ConfigError as error:
+            cell, reason = None, str(error)
+        if reason is None:
+            name = cell_id(cell)
+            if name in seen:
+                reason = f"resolves to the same cell as params {seen[name]:g}"
+            else:
+                seen[name] = target.params
+                cells.append(entry(name, cell, target))
+                continue
+        dropped.append({"target": target.describe(), "reason": reason})
+    if not cells:
+        reasons = "; ".join(sorted({d["reason"] for d in dropped})[:3])
+        raise ConfigError(f"grid leaves no cell to train: all {len(dropped)} were dropped ({reasons})")
+    return {
+        "schema": MANIFEST_SCHEMA,
+        "study": study["name"],
+        "revision": 1,
+        "config": copy.deepcopy(dict(study)),
+        "data": dict(data),
+        "flops_convention": study["flops_convention"],
+        "cells": cells,
+        "dropped": dropped,
+    }
+
+
+def resolve(study: Mapping, recipe: Recipe, target: Target, data: Mapping) -> dict:
+    """One target as a whole, validated cell config."""
+    seq = study["data"].get("seq", 128)
+    base = {"vocab": data["vocab"], **study["model"]}
+    model = shape(recipe, base, target.params, seq)
+    filled = validate_model_only(model)
+    account = ledger(filled, seq)
+    tokens = target.tokens
+    if tokens is None:
+        tokens = target.flops / account.train_flops_per_token(study["flops_convention"])
+    batch = batch_sequences(recipe, tokens, seq)
+    steps = max(1, round(tokens / (batch * seq)))
+    hp = hparams(recipe, account.params_total, steps * batch * seq, batch * seq)
+    cell = {
+        "model": model,
+        "data": {**study["data"], "seq": seq, "fingerprint": data["fingerprint"]},
+        "optim": {**study["optim"], **{k: hp[k] for k in ("lr", "beta2", "weight_decay")}},
+        "schedule": {**study["schedule"], "warmup_steps": hp["warmup_steps"]},
+        "train": {**study["train"], "batch": batch, "steps": steps, "seed": target.seed},
+        "eval": dict(study["eval"]),
+    }
+    for name, value in target.overrides:
+        section, _, key = name.partition(".")
+        if section not in cell:
+            raise ConfigError(f"grid.cells set has {name!r}; it must look like 'optim.lr'")
+        cell[section][key] = value
+    return validate_cell(cell)
+
+
+def validate_model_only(model: Mapping) -> dict:
+    """The model section with its defaults filled in."""
+    rest = {
+        "optim": {"lr": 1.0},
+        "schedule": {"warmup_steps": 0},
+        "train": {"batch": 1, "steps": 1},
+    }
+    return validate_cell({"model": model, **rest})["model"]
+
+
+def why_drop(grid: Mapping, target: Target, cell: Mapping, data: Mapping, convention: str) -> str | None:
+    """The reason to leave a cell out, or None."""
+    got = achieved(cell)
+    steps = cell["train"]["steps"]
+    if steps < grid["min_steps"]:
+        return f"{steps} steps, fewer than grid.min_steps = {grid['min_steps']}"
+    for want, have, what in (
+        (target.flops, got["flops_by_convention"][convention], "FLOPs"),
+        (target.tokens, got["tokens"], "tokens"),
+    ):
+        if want is not None and abs(have / want - 1) > grid["tolerance"]:
+            return (
+                f"achieved {have:.4g} {what} for a target of {want:.4g}: "
+                f"off by more than grid.tolerance = {grid['tolerance']:g}"
+            )
+    bounds = grid["tokens_per_param"]
+    if bounds is not None and not bounds[0] <= got["ratio"] <= bounds[1]:
+        return f"{got['ratio']:.3g} tokens per parameter, outside grid.tokens_per_param = {bounds}"
+    epochs = got["tokens"] / data["unique_tokens"]
+    if epochs > grid["max_epochs"]:
+        return f"{epochs:.3g} epochs, more than grid.max_epochs = {grid['max_epochs']:g}"
+    return None
+
+
+def achieved(cell: Mapping) -> dict:
+    """What a cell really is: N under each convention, D, D/N, FLOPs under each convention."""
+    seq = cell["data"]["seq"]
+    account = ledger(cell["model"], seq)
+    tokens = cell["train"]["steps"] * cell["train"]["batch"] * seq
+    return {
+        "params_total": account.params_total,
+        "params_active": account.params_active,
+        "params_nonembedding": account.params_nonembedding,
+        "params_embedding": account.params_embedding,
+        "tokens": tokens,
+        "ratio": tokens / account.params_total,
+        "flops": account.train_flops(tokens, "exact"),
+        "flops_by_convention": {c: account.train_flops(tokens, c) for c in CONVENTIONS},
+    }
+
+
+def entry(name: str, cell: Mapping, target: Target) -> dict:
+    """One cell of the manifest."""
+    return {"id": name, "target": target.describe(), "achieved": achieved(cell), "config": cell}
+
+
+def write_manifest(study: Path | str, manifest: dict, grow: bool = False) -> str:
+    """Puts a manifest into a study folder, once.
+
+    A folder keeps one study: the same plan again changes nothing; a plan that holds every old cell
+    and more becomes a new revision when ``grow`` is set; any other plan is refused.
+
+    Returns:
+      ``new``, ``same`` or ``grown``.
+
+    Raises:
+      StudyError: the folder holds another study, or cannot be written.
+    """
+    path = Path(study) / "manifest.json"
+    if not path.exists():
+        write_json(path, manifest)
+        return "new"
+    old = read_json(path)
+    if canonical_json({**old, "revision": 1}) == canonical_json({**manifest, "revision": 1}):
+        return "same"
+    old_ids, new_ids = ({c["id"] for c in m["cells"]} for m in (old, manifest))
+    if old["study"] != manifest["study"] or not old_ids <= new_ids:
+        raise StudyError(
+            f"{study} holds study {old['study']!r} with {len(old_ids)} cells, {len(old_ids - new_ids)} of them "
+            "not in this config; plan into another folder (--study)"
+        )
+    if not grow:
+        raise StudyError(
+            f"{study} holds {len(old_ids)} cells of this study and the config now has {len(new_ids)}; "
+            "add --grow to make it a new revision, or plan into another folder (--study)"
+        )
+    write_json(Path(study) / f"manifest.r{old['revision']}.json", old)
+    write_json(path, {**manifest, "revision": old["revision"] + 1})
+    return "grown"

@@ -1,0 +1,243 @@
+"""The run table: what was trained, at what cost, with which result and status.
+
+One row a (cell, eval point). The study folder is the database; this file reads it, writes the
+table as CSV or Parquet, and reads such tables back, ours or another framework's. Light: numpy
+and pandas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from scaling.config import cell_id, validate_cell
+from scaling.files import CellFolder, StudyError, read_json, read_jsonl, write_whole
+from scaling.flops import ledger
+
+STATUSES = ("finished", "diverged", "failed", "preempted", "running", "planned")
+
+COLUMNS = {
+    "study": "name of the study",
+    "cell": "id of the cell: a hash of its config",
+    "run": "attempt at the cell, from 1",
+    "family": "model family",
+    "seed": "training seed (initialisation and data order)",
+    "status": "one of " + ", ".join(STATUSES),
+    "reason": "why a run did not finish",
+    "final": "True on the row of the cell's last evaluation, at its own D",
+    "budget": "planned training FLOPs, where the plan has budgets",
+    "params": "N: all parameters",
+    "params_total": "N: all parameters",
+    "params_active": "parameters used by one token",
+    "params_embedding": "parameters of the token embedding and the head",
+    "params_nonembedding": "the others",
+    "tokens": "D: training tokens, repeated ones counted again",
+    "unique_tokens": "different training tokens seen",
+    "epochs": "passes over the training data",
+    "flops": "training FLOPs up to here, exact ledger (causal half)",
+    "flops_full": "training FLOPs, attention counted as a full square",
+    "flops_6N_total": "6 N_total D",
+    "flops_6N_nonembedding": "6 N_nonembedding D",
+    "flops_kaplan": "Kaplan et al. 2020, table 1",
+    "loss": "held-out cross-entropy, nats per token",
+    "loss_stderr": "its standard error over held-out sequences",
+    "bits_per_byte": "held-out cross-entropy, bits per byte of text",
+    "batch_tokens": "tokens in one step",
+    "steps": "updates in the whole cell",
+    "lr": "peak learning rate",
+    "wall_seconds": "wall time of the cell, all attempts that led to the result",
+    "device_seconds": "wall time times devices",
+    "device_kind": "as JAX names it",
+    "devices": "number of devices",
+    "mfu": "exact FLOPs over the device's peak, where the peak is known",
+    "peak_bytes": "peak device memory, where the device tells",
+    "trunk": "cell whose checkpoint this one started from, if any",
+}
+CONVENTIONS = {
+    "flops": "exact",
+    "flops_full": "full",
+    "flops_6N_total": "6N_total",
+    "flops_6N_nonembedding": "6N_nonembedding",
+    "flops_kaplan": "kaplan",
+}
+
+
+def read_manifest(study: Path | str) -> dict:
+    """The study's manifest.
+
+    Raises:
+      StudyError: there is none, or it cannot be read.
+    """
+    path = Path(study) / "manifest.json"
+    if not path.exists():
+        raise StudyError(
+            f"{study} is not a study folder: it has no manifest.json; make one with `scaling plan`"
+        )
+    return read_json(path)
+
+
+def collect(study: Path | str) -> pd.DataFrame:
+    """The run table of a study folder.
+
+    A cell without a result has one row with its status (``planned`` or ``running``) and no loss.
+
+    Returns:
+      A table with the columns of ``COLUMNS``, planned order.
+    """
+    manifest = read_manifest(study)
+    rows = []
+    for entry in manifest["cells"]:
+        rows += cell_rows(manifest, entry, CellFolder(study, entry["id"]))
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def cell_rows(manifest: Mapping, entry: Mapping, folder: CellFolder) -> list[dict]:
+    """The rows of one cell: one an evaluation, the final one last."""
+    config = entry["config"]
+    account = ledger(config["model"], config["data"]["seq"])
+    base = {
+        "study": manifest["study"],
+        "cell": entry["id"],
+        "run": 1,
+        "family": config["model"]["family"],
+        "seed": config["train"]["seed"],
+        "budget": entry["target"].get("flops"),
+        "params": account.params_total,
+        "params_total": account.params_total,
+        "params_active": account.params_active,
+        "params_embedding": account.params_embedding,
+        "params_nonembedding": account.params_nonembedding,
+        "batch_tokens": config["train"]["batch"] * config["data"]["seq"],
+        "steps": config["train"]["steps"],
+        "lr": config["optim"]["lr"],
+    }
+    if not folder.result.exists():
+        started = folder.metrics.exists()
+        return [
+            {**base, "status": "running" if started else "planned", "reason": "no result yet", "final": True}
+        ]
+    result = read_json(folder.result)
+    if result["cell"] != entry["id"]:
+        raise StudyError(
+            f"{folder.result} is of cell {result['cell']}, not {entry['id']}; remove that folder"
+        )
+    timing = read_json(folder.timing) if folder.timing.exists() else {}
+    base |= {
+        "status": result["status"],
+        "reason": result["reason"],
+        "device_kind": result["device_kind"],
+        "devices": result["devices"],
+        "wall_seconds": timing.get("wall_seconds"),
+        "device_seconds": timing.get("device_seconds"),
+        "mfu": timing.get("mfu"),
+        "peak_bytes": timing.get("peak_bytes"),
+    }
+    if result["status"] != "finished":
+        return [{**base, "tokens": result["tokens"], "final": True}]
+    rows = []
+    for score in result["evals"]:
+        tokens = score["tokens"]
+        share = tokens / result["tokens"]
+        rows.append(
+            {
+                **base,
+                "final": tokens == result["tokens"],
+                "tokens": tokens,
+                "epochs": result["epochs"] * share,
+                "unique_tokens": min(result["unique_tokens"], tokens),
+                "loss": score["loss"],
+                "loss_stderr": score["loss_stderr"],
+                "bits_per_byte": score["bits_per_byte"],
+                **{c: account.train_flops(tokens, name) for c, name in CONVENTIONS.items()},
+            }
+        )
+    return rows
+
+
+def curves(study: Path | str) -> dict[str, pd.DataFrame]:
+    """Training curves: cell id to a table with step, tokens, loss, grad_norm, lr (logged steps)."""
+    out = {}
+    for entry in read_manifest(study)["cells"]:
+        rows = [r for r in read_jsonl(CellFolder(study, entry["id"]).metrics) if "loss" in r]
+        if rows:
+            out[entry["id"]] = pd.DataFrame(rows)
+    return out
+
+
+def progress(study: Path | str) -> list[dict]:
+    """Where every cell stands, from the folder alone: id, status, step, steps, loss, seconds."""
+    out = []
+    for entry in read_manifest(study)["cells"]:
+        folder = CellFolder(study, entry["id"])
+        row = {"cell": entry["id"], "step": 0, "steps": entry["config"]["train"]["steps"], "loss": None}
+        row |= {"status": "planned", "seconds": None, "reason": None, "flops": entry["achieved"]["flops"]}
+        if folder.result.exists():
+            result = read_json(folder.result)
+            timing = read_json(folder.timing) if folder.timing.exists() else {}
+            row |= {"status": result["status"], "loss": result["loss"], "reason": result["reason"]}
+            row |= {"step": row["steps"], "seconds": timing.get("wall_seconds")}
+        elif folder.metrics.exists():
+            last = [r for r in read_jsonl(folder.metrics) if "loss" in r][-1:]
+            row |= {"status": "running", **{k: r[k] for r in last for k in ("step", "loss")}}
+        out.append(row)
+    return out
+
+
+def check_cells(study: Path | str) -> None:
+    """Compares the ids in the manifest with the configs beside them.
+
+    Raises:
+      StudyError: a manifest edited by hand, or cells of another config.
+    """
+    for entry in read_manifest(study)["cells"]:
+        if cell_id(validate_cell(entry["config"])) != entry["id"]:
+            raise StudyError(
+                f"{study}/manifest.json lists cell {entry['id']} with a config that hashes differently; "
+                "it was edited, or written by another version: plan the study again in a new folder"
+            )
+
+
+READERS = {
+    ".csv": pd.read_csv,
+    ".parquet": pd.read_parquet,
+    ".jsonl": lambda path: pd.read_json(path, lines=True),
+}
+
+
+def read_table(path: Path | str) -> pd.DataFrame:
+    """Reads a run table: a study folder, or a CSV, Parquet or JSON-lines file of any framework.
+
+    Raises:
+      StudyError: the path does not exist, cannot be read or is of another kind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return collect(path)
+    if not path.exists():
+        raise StudyError(f"{path} does not exist; give a study folder or a .csv, .parquet or .jsonl table")
+    if path.suffix not in READERS:
+        raise StudyError(f"{path} ends in {path.suffix!r}; a run table ends in {', '.join(READERS)}")
+    try:
+        return READERS[path.suffix](path)
+    except Exception as error:  # pandas raises a kind per format; the user needs the file and the words
+        raise StudyError(f"{path} cannot be read as a table: {error}") from error
+
+
+def write_table(table: pd.DataFrame, path: Path | str) -> None:
+    """Writes a run table as ``.csv``, ``.parquet`` or ``.jsonl``, whole or not at all.
+
+    Raises:
+      StudyError: another ending, or the folder cannot be written.
+    """
+    path = Path(path)
+    if path.suffix == ".csv":
+        content = table.to_csv(index=False)
+    elif path.suffix == ".parquet":
+        content = table.to_parquet(index=False)
+    elif path.suffix == ".jsonl":
+        content = table.to_json(orient="records", lines=True)
+    else:
+        raise StudyError(f"{path} ends in {path.suffix!r}; a run table ends in {', '.join(READERS)}")
+    write_whole(path, content)
