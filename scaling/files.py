@@ -93,3 +93,4 @@ class CellFolder:
         self.checkpoints = self.path / "checkpoints"
         self.lock = self.path / "lock"
         self.log = self.path / "log.txt"
+        self.failure = self.path / "failure.json"

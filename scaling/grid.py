@@ -213,8 +213,8 @@ def write_manifest(study: Path | str, manifest: dict, grow: bool = False) -> str
     old_ids, new_ids = ({c["id"] for c in m["cells"]} for m in (old, manifest))
     if old["study"] != manifest["study"] or not old_ids <= new_ids:
         raise StudyError(
-            f"{study} holds study {old['study']!r} with {len(old_ids)} cells, {len(old_ids - new_ids)} of them "
-            "not in this config; plan into another folder (--study)"
+            f"{study} holds study {old['study']!r} with {len(old_ids)} cells, {len(old_ids - new_ids)} of "
+            "them not in this config; plan into another folder (--study)"
         )
     if not grow:
         raise StudyError(

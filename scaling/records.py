@@ -156,6 +156,13 @@ def cell_rows(manifest: Mapping, entry: Mapping, folder: CellFolder) -> list[dic
     return rows
 
 
+def unfinished(folder: CellFolder) -> tuple[str, str]:
+    """Status and reason of a cell without a result."""
+    if folder.failure.exists():
+        return "failed", read_json(folder.failure)["reason"]
+    return ("running" if folder.metrics.exists() else "planned"), "no result yet"
+
+
 def curves(study: Path | str) -> dict[str, pd.DataFrame]:
     """Training curves: cell id to a table with step, tokens, loss, grad_norm, lr (logged steps)."""
     out = {}
@@ -178,9 +185,10 @@ def progress(study: Path | str) -> list[dict]:
             timing = read_json(folder.timing) if folder.timing.exists() else {}
             row |= {"status": result["status"], "loss": result["loss"], "reason": result["reason"]}
             row |= {"step": row["steps"], "seconds": timing.get("wall_seconds")}
-        elif folder.metrics.exists():
+        else:
+            row["status"], row["reason"] = unfinished(folder)
             last = [r for r in read_jsonl(folder.metrics) if "loss" in r][-1:]
-            row |= {"status": "running", **{k: r[k] for r in last for k in ("step", "loss")}}
+            row |= {k: r[k] for r in last for k in ("step", "loss")}
         out.append(row)
     return out
 

@@ -174,7 +174,8 @@ def validate_grid(grid) -> dict:
     if params and all(isinstance(p, list) for p in params):
         if grid["kind"] != "isoflop" or len(params) != len(grid["budgets"]):
             raise ConfigError(
-                f"grid.params has {len(params)} lists; it must have one a budget ({len(grid.get('budgets', []))})"
+                f"grid.params has {len(params)} lists; it must have one for each of the "
+                f"{len(grid.get('budgets', []))} budgets"
             )
         for i, sizes in enumerate(params):
             _check_numbers(f"grid.params[{i}]", sizes)

@@ -101,6 +101,7 @@ def train(
         run.checkpoints.close()
     write_json(folder.timing, run.timing())
     write_json(folder.result, result)
+    folder.failure.unlink(missing_ok=True)
     return result
 
 
