@@ -81,8 +81,8 @@ class Stream:
           shuffle: False reads the rows in their order on disk, every epoch.
 
         Raises:
-          ConfigError: ``tokens`` are too few for one row.
-          ValueError: a ``seq`` or ``batch`` below 1, or a seed outside 0 .. 2^64 - 1.
+          ConfigError: ``tokens`` are too few for one row, ``seq`` or ``batch`` is below 1, or the seed is
+            outside 0 .. 2^64 - 1.
         """
         for name, value, least, most in (
             ("seq", seq, 1, 2**31 - 1),
@@ -90,7 +90,7 @@ class Stream:
             ("seed", seed, 0, 2**64 - 1),
         ):
             if not least <= value <= most:
-                raise ValueError(f"{name} is {value}; it must be from {least} to {most}")
+                raise ConfigError(f"{name} is {value}; it must be from {least} to {most}")
         self.tokens, self.seq, self.batch, self.seed, self.shuffle = tokens, seq, batch, seed, shuffle
         self.samples_per_epoch = _rows_of(tokens, seq, "training")
         used = self.samples_per_epoch * seq
@@ -205,7 +205,7 @@ def heldout_batches(tokens: Tokens, seq: int, batch: int, sequences: int) -> lis
     available = _rows_of(tokens, seq, "held-out")
     if not 1 <= sequences <= available:
         raise ConfigError(
-            f"eval.sequences is {sequences}; the held-out documents hold {available} rows of {seq} tokens, so "
+            f"eval.sequences is {sequences}; the held-out documents hold {available} rows of {seq} tokens; "
             f"it must be from 1 to {available} (or raise data.heldout_fraction)"
         )
     # The middles of equal spans: integer arithmetic, exact for any size.

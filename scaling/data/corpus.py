@@ -1,0 +1,125 @@
+"""Opening data: from the ``data`` section of a cell config to train and held-out tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from scaling.config import SCHEMA, ConfigError, canonical_json, check_field, check_keys
+from scaling.data import shard_index, shards, text
+from scaling.data.cache import cached
+from scaling.data.tokens import Tokens
+
+# Part of every cache key: raise it when the split, the order or the removal of repeats changes.
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Opened data.
+
+    Attributes:
+      train: the training documents, at most ``data.unique_tokens`` tokens of them.
+      heldout: the held-out documents; none of their files or documents is in ``train``.
+      vocab: token ids are below it.
+      fingerprint: 32 hex digits of SHA-256 over every document's tokens and length, in order, train and
+        held-out apart. It is taken before ``data.unique_tokens`` cuts the training part.
+      bytes_per_token: text bytes over tokens, of the held-out documents; 1.0 where tokens are bytes.
+      facts: what ``describe`` returns.
+    """
+
+    train: Tokens
+    heldout: Tokens
+    vocab: int
+    fingerprint: str
+    bytes_per_token: float
+    facts: dict = dataclasses.field(repr=False)
+
+    def describe(self) -> dict:
+        """Counts and settings for a report, as JSON values."""
+        return dict(self.facts)
+
+
+def open_data(data_cfg: Mapping) -> Dataset:
+    """Opens the data of a cell config; builds the corpus the first time and finds it in the cache later.
+
+    Args:
+      data_cfg: the ``data`` section; missing fields take the schema's defaults.
+
+    Returns:
+      The dataset, memory-mapped.
+
+    Raises:
+      ConfigError: a bad field, an empty, unreadable or damaged folder, too few tokens, or content that no
+        longer matches ``data.fingerprint``.
+    """
+    check_keys("data", data_cfg, SCHEMA["data"])
+    cfg = {
+        key: check_field(f"data.{key}", field, data_cfg.get(key, field.default))
+        for key, field in SCHEMA["data"].items()
+    }
+    if cfg["source"] == "stdlib":
+        path = text.stdlib_folder()
+    elif not cfg["path"]:
+        raise ConfigError(f"data.path is None; data.source = {cfg['source']!r} needs a folder")
+    else:
+        path = Path(cfg["path"]).expanduser().absolute()
+    opened = _open_shards(path, cfg) if cfg["source"] == "tokens" else _open_bytes(path, cfg)
+    train, heldout, vocab, about = opened
+    if cfg["fingerprint"] not in (None, about["fingerprint"]):
+        raise ConfigError(
+            f"data.fingerprint is {cfg['fingerprint']!r}; the data in {str(path)!r} have "
+            f"{about['fingerprint']!r}, so they changed (or another Python's library is read) since the "
+            "study was planned: restore them, or plan the study again"
+        )
+    facts = {"source": cfg["source"], "path": str(path), "seed": cfg["seed"], "vocab": vocab, **about}
+    total = len(train) + len(heldout)
+    facts |= {"tokens": total, "heldout_share": len(heldout) / total, "unique_tokens": cfg["unique_tokens"]}
+    if cfg["unique_tokens"] is not None:
+        if cfg["unique_tokens"] > len(train):
+            raise ConfigError(
+                f"data.unique_tokens is {cfg['unique_tokens']}; the training documents hold {len(train)} "
+                f"tokens, so it must be at most that, or None for all"
+            )
+        train = train.prefix(cfg["unique_tokens"])
+    for part, tokens in (("train", train), ("heldout", heldout)):
+        facts |= {f"{part}_tokens": len(tokens), f"{part}_documents": tokens.documents}
+    return Dataset(train, heldout, vocab, about["fingerprint"], about["bytes_per_token"], facts)
+
+
+def _key(**decides) -> str:
+    return hashlib.sha256(canonical_json({"format": _FORMAT, **decides}).encode()).hexdigest()[:32]
+
+
+def _open_bytes(path: Path, cfg: dict) -> tuple[Tokens, Tokens, int, dict]:
+    files = text.list_files(path, cfg["source"])
+    split = {"fraction": cfg["heldout_fraction"], "seed": cfg["seed"]}
+    key = _key(source=cfg["source"], path=str(path), files=files, **split)
+    folder, about = cached(key, lambda out: text.build_bytes(path, files, cfg["source"], out=out, **split))
+    parts = [
+        Tokens(np.memmap(folder / f"{part}.bin", np.uint8, "r"), np.load(folder / f"{part}_offsets.npy"))
+        for part in ("train", "heldout")
+    ]
+    if cfg["source"] == "stdlib":
+        about = {"python": text.stdlib_python(), **about}
+    return *parts, text.VOCAB, about
+
+
+def _open_shards(path: Path, cfg: dict) -> tuple[Tokens, Tokens, int, dict]:
+    manifest = shards.read_manifest(path)
+    files = shard_index.list_files(path, manifest)
+    split = {"fraction": cfg["heldout_fraction"], "seed": cfg["seed"]}
+    key = _key(source="tokens", path=str(path), files=files, manifest=manifest, **split)
+    folder, about = cached(key, lambda out: shard_index.build_index(path, manifest, out=out, **split))
+    arrays = [shard_index.map_tokens(path, manifest, shard) for shard in manifest["shards"]]
+    parts = [
+        Tokens(
+            arrays, *(np.load(folder / f"{part}_{name}.npy", mmap_mode="r") for name in ("offsets", "starts"))
+        )
+        for part in ("train", "heldout")
+    ]
+    return *parts, manifest["vocab"], about
