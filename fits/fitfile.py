@@ -1,0 +1,116 @@
+"""The fit file: one JSON document with everything needed to use a fit, and to doubt it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fits.errors import FitError
+from fits.fit import Fit
+from fits.laws import LAWS, Law
+
+SCHEMA = 1
+ENCODING = "base64, little-endian float64, row-major"
+
+
+def to_dict(fit: Fit) -> dict:
+    """The fit as plain JSON values."""
+    names = list(fit.law.parameters)
+    return {
+        "schema": SCHEMA, "kind": "fit",
+        "law": {
+            "name": fit.law.name, "formula": fit.law.formula, "source": fit.law.source, "parameters": names,
+            "variables": list(fit.law.variables),
+        },
+        "status": fit.status, "reasons": fit.reasons, "flags": fit.flags, "params": fit.params, "fixed": fit.fixed,
+        "intervals": fit.intervals, "covariance": {"names": names, "matrix": fit.covariance},
+        "draws": {
+            "names": names, "count": len(fit.draws), "encoding": ENCODING,
+            "data": base64.b64encode(np.ascontiguousarray(fit.draws, "<f8").tobytes()).decode(),
+        },
+        "objective": fit.objective, "method": fit.method, "diagnostics": fit.diagnostics,
+        "sensitivity": fit.sensitivity, "rows": fit.rows, "data": fit.data, "versions": fit.versions,
+    }  # fmt: skip
+
+
+def from_dict(data: Mapping[str, Any], law: Law | None = None) -> Fit:
+    """The inverse of ``to_dict``; ``law`` gives the object for a law that is not in the library.
+
+    Raises:
+      FitError: not a fit, another schema, an unknown law, or a damaged part.
+    """
+    if not isinstance(data, Mapping) or data.get("kind") != "fit":
+        raise FitError('this is not a fit file: it has no "kind": "fit"')
+    if data.get("schema") != SCHEMA:
+        raise FitError(f"the fit file has schema {data.get('schema')!r}; this version reads schema {SCHEMA}")
+    try:
+        name = data["law"]["name"]
+        law = law or LAWS.get(name)
+        if law is None:
+            raise FitError(
+                f"the fit file has the law {name!r}, which is not in the library; pass law= to read it"
+            )
+        if list(law.parameters) != list(data["law"]["parameters"]):
+            raise FitError(
+                f"the fit file's law {name!r} has parameters {data['law']['parameters']}, not {list(law.parameters)}"
+            )
+        packed = data["draws"]
+        draws = np.frombuffer(base64.b64decode(packed["data"], validate=True), "<f8").astype(np.float64)
+        draws = draws.reshape(packed["count"], len(packed["names"]))
+        return Fit(
+            law=law, draws=draws, covariance=data["covariance"]["matrix"],
+            **{k: data[k] for k in ("params", "status", "reasons", "flags", "intervals", "objective", "fixed", "method",
+                                    "diagnostics", "sensitivity", "rows", "data", "versions")},
+        )  # fmt: skip
+    except FitError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise FitError(f"the fit file is damaged: {type(error).__name__}: {error}") from error
+
+
+def write_fit(fit: Fit, path: str | os.PathLike) -> pathlib.Path:
+    """Writes the fit file whole or not at all (aside, then renamed).
+
+    Raises:
+      FitError: the folder cannot be written.
+    """
+    path = pathlib.Path(path)
+    text = json.dumps(to_dict(fit), allow_nan=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    except OSError as error:
+        raise FitError(f"{path} cannot be written: {error.strerror or error}") from error
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        raise FitError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        pathlib.Path(aside).unlink(missing_ok=True)
+    return path
+
+
+def read_fit(path: str | os.PathLike, law: Law | None = None) -> Fit:
+    """Reads a fit file.
+
+    Raises:
+      FitError: no such file, not JSON, or not a fit.
+    """
+    try:
+        data = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FitError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise FitError(f"{path} is not a fit file: {error}") from error
+    return from_dict(data, law)

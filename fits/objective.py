@@ -1,0 +1,341 @@
+"""What a fit minimises: a weighted SUM over rows of a loss of the residual, with exact derivatives.
+
+The residual is log(predicted) - log(observed) (``space="log"``) or predicted - observed ("raw").
+Everything here works on a batch of B independent fits ("lanes") of the same R rows that differ
+only in their row weights: arrays are named p_BxK (solver coordinates) and weights_BxR.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fits.errors import FitError
+from fits.laws import Law, PowerSum
+
+LOSSES = ("huber", "lad", "least_squares")
+SPACES = ("log", "raw")
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLoss:
+    """A loss of one residual. ``huber``: r^2/2 up to ``delta``, then delta(|r| - delta/2) (absolute units).
+
+    ``lad`` (|r|) is solved as huber/delta while delta shrinks; ``delta`` is then the current width.
+    ``least_squares``: r^2/2.
+    """
+
+    name: str
+    delta: float
+
+    def value(self, r, xp=np):
+        if self.name == "least_squares":
+            return 0.5 * r * r
+        inside = xp.minimum(xp.abs(r), self.delta)
+        huber = inside * (xp.abs(r) - 0.5 * inside)
+        return huber / self.delta if self.name == "lad" else huber
+
+    def derivatives(self, r, xp=np):
+        """First derivative, second derivative, and the weight s of the quadratic s r^2/2 that majorises."""
+        if self.name == "least_squares":
+            one = xp.ones_like(r)
+            return r, one, one
+        scale = 1.0 / self.delta if self.name == "lad" else 1.0
+        size = xp.abs(r)
+        first = xp.clip(r, -self.delta, self.delta) * scale
+        second = xp.where(size <= self.delta, scale, 0.0)
+        return first, second, xp.minimum(1.0, self.delta / xp.maximum(size, 1e-300)) * scale
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """Objective, gradient, Hessian and the positive majoriser of the Hessian, one per lane."""
+
+    value_B: np.ndarray
+    gradient_BxK: np.ndarray
+    hessian_BxKxK: np.ndarray
+    majoriser_BxKxK: np.ndarray
+
+    def put(self, lanes: np.ndarray, other: Evaluation) -> None:
+        for field in dataclasses.fields(self):
+            getattr(self, field.name)[lanes] = getattr(other, field.name)
+
+
+class Problem:
+    """One law on one set of rows: solver coordinates, their bounds, and the objective with derivatives.
+
+    Args:
+      law: the law.
+      x: log of each variable's column, float64 [R].
+      y: observed loss, float64 [R], positive.
+      space: "log" or "raw" residuals.
+      fixed: values of parameters that are not estimated.
+      bounds: (lower, upper) overrides in the law's own parameters; None means unbounded.
+
+    Attributes:
+      names: solver coordinates, one per parameter of the law, in the same order.
+      lower_K, upper_K: bounds in solver coordinates. free_K: False where fixed.
+    """
+
+    def __init__(
+        self, law: Law, x: Mapping[str, np.ndarray], y: np.ndarray, space: str, fixed=None, bounds=None
+    ):
+        self.law, self.space = law, space
+        self.log_x = {v: np.asarray(x[v], float) for v in law.variables}
+        self.y_R = np.asarray(y, float)
+        self.target_R = np.log(self.y_R) if space == "log" else self.y_R
+        self.fixed = check_fixed(law, fixed)
+        self.free_K = np.array([n not in self.fixed for n in law.parameters])
+        self.bounds = check_bounds(law, bounds)
+        self.centre = {v: float(z.mean()) for v, z in self.log_x.items()}
+
+    def to_params(self, p_BxK: np.ndarray) -> dict[str, np.ndarray]:
+        """The law's own parameters, arrays [B]."""
+        raise NotImplementedError
+
+    def from_params(self, params: Mapping[str, Any]) -> np.ndarray:
+        """Solver coordinates [B, K] of parameters given as scalars or arrays [B]."""
+        raise NotImplementedError
+
+    def evaluate(self, p_BxK, weights_BxR, row_loss: RowLoss) -> Evaluation:
+        raise NotImplementedError
+
+    def residuals(self, p_BxK: np.ndarray) -> np.ndarray:
+        """Residuals [B, R], in the space of the fit."""
+        params = {k: np.asarray(v)[:, None] for k, v in self.to_params(p_BxK).items()}
+        predicted = self.law.predict(params, {v: np.exp(z)[None] for v, z in self.log_x.items()})
+        return (np.log(predicted) if self.space == "log" else predicted) - self.target_R
+
+
+def check_fixed(law: Law, fixed: Mapping[str, float] | None) -> dict[str, float]:
+    """Raises ``FitError`` on an unknown name or a value outside the law's bounds."""
+    out = {}
+    for name, value in (fixed or {}).items():
+        if name not in law.parameters:
+            raise FitError(f"fixed names {name!r}; {law.name} has the parameters {', '.join(law.parameters)}")
+        low, high = law.bounds.get(name, (-math.inf, math.inf))
+        if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
+            raise FitError(f"fixed {name} is {value!r}; it must be a number between {low:g} and {high:g}")
+        out[name] = float(value)
+    if len(out) == len(law.parameters):
+        raise FitError(f"fixed names every parameter of {law.name}; leave at least one to be estimated")
+    return out
+
+
+def check_bounds(law: Law, bounds: Mapping[str, tuple] | None) -> dict[str, tuple[float, float]]:
+    """The law's bounds with overrides; raises ``FitError`` on an unknown name or an empty range."""
+    out = {n: law.bounds.get(n, (-math.inf, math.inf)) for n in law.parameters}
+    for name, pair in (bounds or {}).items():
+        if name not in law.parameters:
+            raise FitError(
+                f"bounds names {name!r}; {law.name} has the parameters {', '.join(law.parameters)}"
+            )
+        low, high = (-math.inf if pair[0] is None else pair[0]), (math.inf if pair[1] is None else pair[1])
+        if not low < high:
+            raise FitError(f"bounds of {name} are {pair!r}; the lower one must be below the upper one")
+        out[name] = (float(low), float(high))
+    return out
+
+
+class PowerSumProblem(Problem):
+    """A sum of power terms, in NumPy, with derivatives written out.
+
+    Solver coordinates are the exponents and, for each term, its value at the mean row (log x
+    centred), so that coefficient and exponent are nearly independent. A term with a fixed
+    coefficient is not centred: its coordinate is the coefficient itself.
+    """
+
+    law: PowerSum
+
+    def __init__(self, law, x, y, space, fixed=None, bounds=None):
+        super().__init__(law, x, y, space, fixed, bounds)
+        names = law.parameters
+        self.exponents = names[len(law.terms) :]
+        self.z_term_exp_R = []  # per term: {index of exponent in p: centred log x}
+        self.shift_term_exp = []
+        for term in law.terms:
+            centred = term.coefficient not in self.fixed
+            z, shift = {}, {}
+            for variable, exponent in term.powers.items():
+                at = names.index(exponent)
+                mean = self.centre[variable] if centred else 0.0
+                z[at] = z.get(at, 0.0) + self.log_x[variable] - mean
+                shift[at] = shift.get(at, 0.0) + mean
+            self.z_term_exp_R.append(z)
+            self.shift_term_exp.append(shift)
+        self._set_bounds()
+
+    def _set_bounds(self):
+        low, high = np.array([self.bounds[n] for n in self.law.parameters]).T
+        for i, (term, z) in enumerate(zip(self.law.terms, self.z_term_exp_R, strict=True)):
+            shifted = z and term.coefficient not in self.fixed
+            if shifted and (low[i], high[i]) not in ((0.0, math.inf), (-math.inf, math.inf)):
+                raise FitError(
+                    f"bounds of {term.coefficient} are ({low[i]:g}, {high[i]:g}); a coefficient of a power term "
+                    "can be bounded by zero only (0, None), or fixed"
+                )
+        for name, value in self.fixed.items():
+            low[self.law.parameters.index(name)] = high[self.law.parameters.index(name)] = value
+        self.lower_K, self.upper_K = low, high
+
+    def to_params(self, p_BxK):
+        out = {n: p_BxK[:, i].copy() for i, n in enumerate(self.law.parameters)}
+        for i, (term, shift) in enumerate(zip(self.law.terms, self.shift_term_exp, strict=True)):
+            for at, mean in shift.items():
+                with np.errstate(over="ignore"):  # a far start may overflow; it then loses to the others
+                    out[term.coefficient] = out[term.coefficient] * np.exp(p_BxK[:, at] * mean)
+        return out
+
+    def from_params(self, params):
+        p = np.stack(np.broadcast_arrays(*(np.atleast_1d(params[n]) for n in self.law.parameters)), 1).astype(
+            float
+        )
+        for i, shift in enumerate(self.shift_term_exp):
+            for at, mean in shift.items():
+                p[:, i] = p[:, i] * np.exp(-p[:, at] * mean)
+        return p
+
+    def _terms(self, p_BxK):
+        """Each term over its coordinate, arrays [B, R] (or None for the constant term)."""
+        out = []
+        for z in self.z_term_exp_R:
+            log_power = sum(-p_BxK[:, at, None] * z_R for at, z_R in z.items())
+            out.append(np.exp(log_power) if z else None)
+        return out
+
+    def predict(self, p_BxK):
+        total = np.zeros((len(p_BxK), len(self.y_R)))
+        for i, power in enumerate(self._terms(p_BxK)):
+            total += p_BxK[:, i, None] * (1.0 if power is None else power)
+        return total
+
+    def residuals(self, p_BxK):
+        with np.errstate(invalid="ignore", divide="ignore"):
+            predicted = self.predict(p_BxK)
+            return (np.log(predicted) if self.space == "log" else predicted) - self.target_R
+
+    def evaluate(self, p_BxK, weights_BxR, row_loss):
+        B, K = p_BxK.shape
+        R = len(self.y_R)
+        J_BxKxR = np.zeros((B, K, R))
+        predicted = np.zeros((B, R))
+        powers = self._terms(p_BxK)
+        for i, (power, z) in enumerate(zip(powers, self.z_term_exp_R, strict=True)):
+            J_BxKxR[:, i] = 1.0 if power is None else power
+            value = p_BxK[:, i, None] * J_BxKxR[:, i]
+            predicted += value
+            for at, z_R in z.items():
+                J_BxKxR[:, at] -= z_R * value
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            residual = (np.log(predicted) if self.space == "log" else predicted) - self.target_R
+            value_B = (weights_BxR * row_loss.value(residual)).sum(1)
+            first, second, robust = (weights_BxR * d for d in row_loss.derivatives(residual))
+            if self.space == "log":
+                inverse = 1.0 / predicted
+                first = first * inverse
+                robust = robust * inverse**2
+                second = second * inverse**2 - first * inverse
+        J_BxRxK = J_BxKxR.transpose(0, 2, 1)
+        gradient = (first[:, None] @ J_BxRxK)[:, 0]
+        hessian = (J_BxKxR * second[:, None]) @ J_BxRxK
+        majoriser = (J_BxKxR * robust[:, None]) @ J_BxRxK
+        self._add_curvature(hessian, p_BxK, powers, first)
+        value_B = np.where(np.isfinite(value_B), value_B, np.inf)
+        return Evaluation(value_B, gradient, hessian, majoriser)
+
+    def _add_curvature(self, hessian, p_BxK, powers, first):
+        """Adds sum_r first_r * (second derivatives of the prediction) in place."""
+        for i, (power, z) in enumerate(zip(powers, self.z_term_exp_R, strict=True)):
+            if power is None:
+                continue
+            slope = first * power
+            for at, z_R in z.items():
+                cross = -(slope @ z_R)
+                hessian[:, i, at] += cross
+                hessian[:, at, i] += cross
+                for other, z2_R in z.items():
+                    hessian[:, at, other] += p_BxK[:, i] * (slope @ (z_R * z2_R))
+
+
+class AutodiffProblem(Problem):
+    """Any law, with derivatives by JAX in float64 (locally: the rest of the process stays as it was)."""
+
+    def __init__(self, law, x, y, space, fixed=None, bounds=None):
+        super().__init__(law, x, y, space, fixed, bounds)
+        K = len(law.parameters)
+        if bounds:
+            raise FitError(f"bounds cannot be given for {law.name}; fix a parameter instead, or edit the law")
+        self.lower_K, self.upper_K = np.full(K, -np.inf), np.full(K, np.inf)
+        own = law.to_solver is not Law.to_solver and type(law).to_solver is not Law.to_solver
+        if self.fixed and own:
+            # a law with coordinates of its own mixes parameters in them; pinning needs one each
+            self._coordinates = functools.partial(Law.to_solver, law), functools.partial(Law.from_solver, law)
+        else:
+            self._coordinates = law.to_solver, law.from_solver
+        for name, value in self.fixed.items():
+            at = law.parameters.index(name)
+            self.lower_K[at] = self.upper_K[at] = np.log(value) if law._positive(name) else value
+
+    def to_params(self, p_BxK):
+        params = self._coordinates[1](list(np.asarray(p_BxK).T), self.centre)
+        return {k: np.asarray(v, float) for k, v in params.items()}
+
+    def from_params(self, params):
+        arrays = np.broadcast_arrays(*(np.atleast_1d(params[n]) for n in self.law.parameters))
+        p = self._coordinates[0](dict(zip(self.law.parameters, arrays, strict=True)), self.centre)
+        return np.stack([np.asarray(v, float) for v in p], 1)
+
+    @functools.cached_property
+    def _compiled(self):
+        import jax
+        import jax.numpy as jnp
+
+        def one(p_K, weights_R, log_x, target_R, row_loss):
+            def fitted(q_K):
+                params = self._coordinates[1](list(q_K), self.centre, jnp)
+                predicted = self.law.predict(params, {v: jnp.exp(z) for v, z in log_x.items()}, jnp)
+                predicted = jnp.broadcast_to(predicted, target_R.shape)
+                return jnp.log(predicted) if self.space == "log" else predicted
+
+            J_RxK = jax.jacfwd(fitted)(p_K)
+            residual = fitted(p_K) - target_R
+            first, second, robust = (weights_R * d for d in row_loss.derivatives(residual, jnp))
+            curvature = jax.hessian(lambda q_K: first @ fitted(q_K))(p_K)
+            value = (weights_R * row_loss.value(residual, jnp)).sum()
+            hessian = (J_RxK * second[:, None]).T @ J_RxK + curvature
+            return value, first @ J_RxK, hessian, (J_RxK * robust[:, None]).T @ J_RxK
+
+        return jax.jit(
+            lambda p, w, log_x, target, name, delta: jax.vmap(
+                lambda p_K, w_R: one(p_K, w_R, log_x, target, RowLoss(name, delta))
+            )(p, w),
+            static_argnames="name",
+        )
+
+    def evaluate(self, p_BxK, weights_BxR, row_loss):
+        import jax
+
+        B = len(p_BxK)
+        padded = 1 << max(B - 1, 7).bit_length()  # few distinct shapes, so few compilations
+        lanes = np.minimum(np.arange(padded), B - 1)
+        with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+            out = self._compiled(
+                p_BxK[lanes], np.asarray(weights_BxR, float)[lanes], self.log_x, self.target_R, row_loss.name,
+                float(row_loss.delta),
+            )  # fmt: skip
+            value, gradient, hessian, majoriser = (np.array(a, np.float64)[:B] for a in out)
+        good = np.isfinite(value) & np.isfinite(gradient).all(1) & np.isfinite(hessian).all((1, 2))
+        return Evaluation(np.where(good, value, np.inf), gradient, hessian, majoriser)
+
+
+def make_problem(law: Law, x, y, space: str = "log", fixed=None, bounds=None) -> Problem:
+    """The NumPy problem for a sum of power terms, the autodiff one for every other law."""
+    if space not in SPACES:
+        raise FitError(f"space is {space!r}; it must be one of {', '.join(SPACES)}")
+    kind = PowerSumProblem if isinstance(law, PowerSum) else AutodiffProblem
+    return kind(law, x, y, space, fixed, bounds)

@@ -1,0 +1,352 @@
+"""The solver: closed-form profiles over an exponent grid, then damped Newton, for many row weights at once.
+
+For given exponents a sum of power terms is linear, so its best coefficients have a closed form
+(variable projection, Golub and Pereyra 1973). Profiles over a grid of exponents give starts that
+no bad guess can starve; Newton with the exact Hessian finishes them. The damping matrix is the
+positive majoriser of the objective (iteratively reweighted least squares), so that large damping
+is a robust majorise-minimise step and small damping is Newton. A solver's own success is never
+the verdict: ``judge`` looks at the scaled gradient, the other starts, the bounds and the rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+
+from fits.errors import FitError
+from fits.laws import EXPONENT_BOUNDS, Law
+from fits.objective import LOSSES, Evaluation, PowerSumProblem, Problem, RowLoss, make_problem
+
+MAX_ITERATIONS = 200
+# The Newton decrement (the decrease that the quadratic model still promises) over the objective.
+# Sums of a few hundred terms are exact to about 1e-15, so 1e-13 is as small as can be verified.
+DECREMENT = 1e-13
+LAD_WIDTHS = tuple(10.0**-k for k in range(2, 11))  # |r| is smoothed over ever narrower widths
+# Two starts agree when their objectives differ by less than this share and no exponent by more.
+SAME_OBJECTIVE, SAME_COORDINATE = 1e-6, 1e-4
+RANK_FLOOR = 1e-11  # eigenvalue of the correlation matrix of J; float64 squares lose the rest
+
+
+@dataclasses.dataclass
+class Solution:
+    """Where Newton ended, per lane: p_BxK, value_B, converged_B, at_bound_BxK and the last evaluation."""
+
+    p_BxK: np.ndarray
+    value_B: np.ndarray
+    decrement_B: np.ndarray
+    converged_B: np.ndarray
+    at_bound_BxK: np.ndarray
+    evaluation: Evaluation
+    iterations: int
+
+
+@dataclasses.dataclass
+class PointFit:
+    """One fit and the verdict on it. ``p_K`` are solver coordinates, ``params`` the law's own."""
+
+    params: dict[str, float]
+    p_K: np.ndarray
+    objective: float
+    status: str
+    reasons: list[str]
+    starts: int
+    agreeing: int
+    scaled_gradient: float
+    condition: float
+    at_bound: list[str]
+    iterations: int
+
+
+def cholesky_solve(A_BxKxK: np.ndarray, b_BxK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Solves small symmetric systems lane by lane; returns x_BxK and whether A was positive definite."""
+    K = A_BxKxK.shape[-1]
+    lower = np.zeros_like(A_BxKxK)
+    good = np.ones(A_BxKxK.shape[:-2], bool)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for j in range(K):
+            pivot = A_BxKxK[..., j, j] - (lower[..., j, :j] ** 2).sum(-1)
+            good &= pivot > 1e-14 * np.abs(A_BxKxK[..., j, j])
+            root = np.sqrt(np.where(pivot > 0, pivot, 1.0))
+            lower[..., j, j] = root
+            for i in range(j + 1, K):
+                dot = (lower[..., i, :j] * lower[..., j, :j]).sum(-1)
+                lower[..., i, j] = (A_BxKxK[..., i, j] - dot) / root
+        x = np.array(b_BxK, float)
+        for i in range(K):
+            x[..., i] = (x[..., i] - (lower[..., i, :i] * x[..., :i]).sum(-1)) / lower[..., i, i]
+        for i in reversed(range(K)):
+            x[..., i] = (x[..., i] - (lower[..., i + 1 :, i] * x[..., i + 1 :]).sum(-1)) / lower[..., i, i]
+    return x, good & np.isfinite(x).all(-1)
+
+
+def _newton_step(problem: Problem, p_BxK, at: Evaluation, damping_B):
+    """A damped step inside the bounds: (step, promised decrease, system was positive, held at a bound)."""
+    lower, upper = problem.lower_K, problem.upper_K
+    held = (
+        ((p_BxK <= lower) & (at.gradient_BxK > 0))
+        | ((p_BxK >= upper) & (at.gradient_BxK < 0))
+        | ~problem.free_K
+    )
+    gradient = np.where(held, 0.0, at.gradient_BxK)
+    system = at.hessian_BxKxK + damping_B[:, None, None] * at.majoriser_BxKxK
+    diagonal = np.einsum("bkk->bk", at.majoriser_BxKxK)
+    scale = np.sqrt(np.where((diagonal > 0) & ~held, diagonal, 1.0))
+    keep = ~held[:, :, None] & ~held[:, None, :]
+    system = np.where(keep, system / (scale[:, :, None] * scale[:, None, :]), 0.0)
+    ridge = np.where(held, 1.0, 1e-13 + 1e-3 * damping_B[:, None])
+    system += ridge[:, :, None] * np.eye(p_BxK.shape[1])
+    step, good = cholesky_solve(system, -gradient / scale)
+    step = np.where(held, 0.0, step / scale)
+    return step, -0.5 * (gradient * step).sum(1), good, held
+
+
+def newton(problem: Problem, p_BxK: np.ndarray, weights_BxR: np.ndarray, row_loss: RowLoss) -> Solution:
+    """Minimises every lane by damped Newton inside the bounds; finished lanes stop costing.
+
+    Args:
+      p_BxK: starts. weights_BxR: row weights, one row of them a lane.
+    """
+    p = np.clip(np.array(p_BxK, float), problem.lower_K, problem.upper_K)
+    B, K = p.shape
+    at = problem.evaluate(p, weights_BxR, row_loss)
+    damping, decrement = np.full(B, 1e-2), np.full(B, np.inf)
+    converged, held_all = np.zeros(B, bool), np.zeros((B, K), bool)
+    # the objective that rounding alone leaves on a perfect fit
+    unit = 4.0 * np.finfo(float).eps * max(1.0, float(np.abs(problem.target_R).max()))
+    floor = weights_BxR.sum(1) * row_loss.value(np.array(unit))
+    live = np.flatnonzero(np.isfinite(at.value_B))
+    iterations = 0
+    while len(live) and iterations < MAX_ITERATIONS:
+        iterations += 1
+        here = Evaluation(*(getattr(at, f.name)[live] for f in dataclasses.fields(at)))
+        step, promised, good, held = _newton_step(problem, p[live], here, damping[live])
+        # exponents move at most 0.5 a step: the quadratic model knows nothing further away
+        limit = np.abs(step[:, _nonlinear(problem)]).max(1, initial=0.0)
+        step = step * np.minimum(1.0, 0.5 / np.maximum(limit, 1e-300))[:, None]
+        trial_p = np.clip(p[live] + np.where(good[:, None], step, 0.0), problem.lower_K, problem.upper_K)
+        trial = problem.evaluate(trial_p, weights_BxR[live], row_loss)
+        noise = 1e-14 * here.value_B + floor[live]
+        better = good & (trial.value_B <= here.value_B + np.where(promised <= noise * 10, noise, 0.0))
+        took = live[better]
+        p[took] = trial_p[better]
+        at.put(took, Evaluation(*(getattr(trial, f.name)[better] for f in dataclasses.fields(trial))))
+        held_all[live] = held
+        undamped = damping[live] <= 1e-6
+        decrement[live] = np.where(good, promised, np.inf)
+        done = better & undamped & (promised <= DECREMENT * here.value_B + floor[live])
+        gain = (here.value_B - trial.value_B) / np.maximum(promised, 1e-300)
+        shrink = np.where(gain > 0.5, 0.1, 1.0)
+        damping[live] = np.where(better, damping[live] * shrink, np.maximum(damping[live], 1e-8) * 8.0)
+        damping[live] = np.where(
+            (damping[live] <= 1e-6) | (better & (promised <= noise * 10)), 0.0, damping[live]
+        )
+        converged[live[done]] = True
+        stuck = damping[live] > 1e12
+        live = live[~done & ~stuck]
+    return Solution(p, at.value_B, decrement, converged, held_all, at, iterations)
+
+
+def _nonlinear(problem: Problem) -> np.ndarray:
+    K = len(problem.law.parameters)
+    if not isinstance(problem, PowerSumProblem):
+        return np.arange(K)
+    return np.arange(len(problem.law.terms), K)
+
+
+def minimise(problem: Problem, p_BxK, weights_BxR, loss: str, delta: float) -> Solution:
+    """``newton`` for the named loss; LAD is reached through Huber losses of vanishing width."""
+    if loss != "lad":
+        return newton(problem, p_BxK, weights_BxR, RowLoss(loss, delta))
+    for width in LAD_WIDTHS:
+        solution = newton(problem, p_BxK, weights_BxR, RowLoss("lad", width))
+        p_BxK = solution.p_BxK
+    residual = problem.residuals(p_BxK)
+    return dataclasses.replace(solution, value_B=(weights_BxR * np.abs(residual)).sum(1))
+
+
+def exponent_grid(problem: PowerSumProblem, per_axis: int) -> np.ndarray:
+    """All combinations of exponents to profile, [G, exponents]; a fixed exponent has its one value."""
+    axes = []
+    for name in problem.exponents:
+        low, high = problem.bounds[name]
+        span = np.geomspace(max(low, 0.04), min(high, 1.5), per_axis) if low < 1.5 else np.array([low])
+        axes.append(np.array([problem.fixed[name]]) if name in problem.fixed else span)
+    return np.array(list(itertools.product(*axes)))
+
+
+def profile(problem: PowerSumProblem, weights_BxR, grid_GxE, robust_R=None) -> tuple[np.ndarray, np.ndarray]:
+    """Best coefficients at each grid point by weighted least squares, in closed form, for every lane.
+
+    Residuals are relative to the observed loss where the fit is in log space.
+
+    Returns:
+      rss_BxG (inf where no coefficients within bounds exist) and p_BxGxK.
+    """
+    law, y = problem.law, problem.y_R
+    B, (G, E), R, T = len(weights_BxR), grid_GxE.shape, len(y), len(law.terms)
+    p_GxK = np.concatenate([np.ones((G, T)), grid_GxE], 1)
+    row_scale = 1.0 / y if problem.space == "log" else np.full(R, 1.0 / y.mean())
+    features = np.stack([np.ones((G, R)) if f is None else f for f in problem._terms(p_GxK)], 1) * row_scale
+    rest = np.broadcast_to(y * row_scale, (G, R)).copy()
+    loose = [i for i, t in enumerate(law.terms) if t.coefficient not in problem.fixed]
+    for i in set(range(T)) - set(loose):
+        rest -= problem.fixed[law.terms[i].coefficient] * features[:, i]
+    columns = np.concatenate([features[:, loose], rest[:, None]], 1)
+    n = len(loose)
+    pairs = [(i, j) for i in range(n + 1) for j in range(i, n + 1)]
+    products = np.stack([columns[:, i] * columns[:, j] for i, j in pairs], 1).reshape(G * len(pairs), R)
+    weights = weights_BxR if robust_R is None else weights_BxR * robust_R
+    gram = np.zeros((B, G, n + 1, n + 1))
+    for (i, j), value in zip(
+        pairs, np.moveaxis((weights @ products.T).reshape(B, G, len(pairs)), -1, 0), strict=True
+    ):
+        gram[..., i, j] = gram[..., j, i] = value
+    lower = problem.lower_K[loose]
+    best, rss = _bounded_least_squares(gram, n, lower, [law.terms[i].powers == {} for i in loose])
+    p = np.broadcast_to(p_GxK, (B, G, p_GxK.shape[1])).copy()
+    for i in set(range(T)) - set(loose):
+        p[..., i] = problem.fixed[law.terms[i].coefficient]
+    p[..., loose] = best
+    return rss, p
+
+
+def _bounded_least_squares(gram, n, lower_n, constant_n):
+    """All coefficients free where that respects the bounds, else the constant term at its bound."""
+    A, b, yy = gram[..., :n, :n], gram[..., :n, n], gram[..., n, n]
+    best, good = cholesky_solve(A + 1e-13 * np.einsum("...kk->...k", A)[..., None] * np.eye(n), b)
+    good = good & (best >= lower_n).all(-1)
+    rss = np.where(good, yy - (b * best).sum(-1), np.inf)
+    for i in np.flatnonzero(constant_n):
+        others = [j for j in range(n) if j != i]
+        if not others or not np.isfinite(lower_n[i]):
+            continue
+        without = A[..., others, :][..., others]
+        rhs = b[..., others] - lower_n[i] * A[..., others, i]
+        x, fine = cholesky_solve(without, rhs)
+        fine = fine & (x >= lower_n[others]).all(-1)
+        full = np.zeros_like(best)
+        full[..., others], full[..., i] = x, lower_n[i]
+        fit = yy - 2 * (b * full).sum(-1) + np.einsum("...i,...ij,...j->...", full, A, full)
+        take = fine & ~np.isfinite(rss)
+        rss, best = np.where(take, fit, rss), np.where(take[..., None], full, best)
+    typical = np.sqrt(np.maximum(yy, 0) / np.maximum(np.einsum("...kk->...", A), 1e-300))[..., None]
+    return np.where(np.isfinite(rss)[..., None], best, np.maximum(best, 0.1 * typical)), np.maximum(rss, 0.0)
+
+
+def point_starts(problem: Problem, weights_R: np.ndarray, count: int, per_axis: int = 16) -> np.ndarray:
+    """Independent starts [S, K]: local minima of the profile first, then points spread over the grid."""
+    if not isinstance(problem, PowerSumProblem):
+        x = {v: np.exp(z) for v, z in problem.log_x.items()}
+        starts = problem.law.starts(x, problem.y_R)
+        return np.concatenate([problem.from_params({**s, **problem.fixed}) for s in starts])
+    grid = exponent_grid(problem, per_axis if len(problem.exponents) < 3 else 7)
+    rss, p = profile(problem, weights_R[None], grid)
+    rss, p = rss[0], p[0]
+    order = np.argsort(rss, kind="stable")
+    order = order[np.isfinite(rss[order])] if np.isfinite(rss).any() else order
+    chosen: list[int] = []
+    spread = 0.25 * np.ptp(np.log(grid), axis=0).max()
+    for least in (spread, spread / 2, spread / 4, 0.0):  # best first, but far apart
+        for i in order:
+            distances = [np.abs(np.log(grid[i] / grid[j])).max() for j in chosen]
+            if len(chosen) < count and i not in chosen and (not distances or min(distances) >= least):
+                chosen.append(i)
+    return p[chosen]
+
+
+def solve(
+    law: Law, x, y, *, loss="huber", delta=1e-3, space="log", weights=None, fixed=None, bounds=None, starts=12
+) -> tuple[Problem, PointFit]:
+    """Fits a law to rows and judges the result.
+
+    Args:
+      x: natural log of each variable of the law, float64 [R] each. y: loss, [R].
+      loss: "huber" (absolute ``delta``), "lad" or "least_squares"; always summed over rows.
+      space: residuals of "log" or "raw" loss.
+      weights: a weight per row, default 1.
+
+    Raises:
+      FitError: an unknown loss or space, a bad delta, or fewer rows than free parameters.
+    """
+    if loss not in LOSSES:
+        raise FitError(f"loss is {loss!r}; it must be one of {', '.join(LOSSES)}")
+    if not (np.isfinite(delta) and delta > 0):
+        raise FitError(f"delta is {delta!r}; it must be a positive number, in the units of the residual")
+    problem = make_problem(law, x, y, space, fixed, bounds)
+    free = int(problem.free_K.sum())
+    if len(problem.y_R) < free:
+        raise FitError(
+            f"the table has {len(problem.y_R)} usable rows; {law.name} has {free} free parameters and needs as many rows"
+        )
+    weights_R = np.ones(len(problem.y_R)) if weights is None else np.asarray(weights, float)
+    p_SxK = point_starts(problem, weights_R, starts)
+    solution = minimise(problem, p_SxK, np.broadcast_to(weights_R, (len(p_SxK), len(weights_R))), loss, delta)
+    return problem, judge(problem, solution, loss, delta, weights_R)
+
+
+def judge(problem: Problem, solution: Solution, loss: str, delta: float, weights_R) -> PointFit:
+    """The best start and its status: converged, boundary, not identified or unconverged, with reasons."""
+    value = np.where(np.isnan(solution.value_B), np.inf, solution.value_B)
+    best = int(np.argmin(value))
+    names, p = problem.law.parameters, solution.p_BxK[best]
+    params = {k: float(v[0]) for k, v in problem.to_params(p[None]).items()}
+    same = (value <= value[best] * (1 + SAME_OBJECTIVE) + _rounding(problem, loss, delta, weights_R)) & (
+        np.abs(solution.p_BxK - p).max(1) <= SAME_COORDINATE * np.maximum(1.0, np.abs(p).max())
+    )
+    free = problem.free_K
+    bound = free & ((p <= problem.lower_K) | (p >= problem.upper_K))
+    condition, weakest = _conditioning(problem, p, weights_R, free & ~bound)
+    scaled_gradient = float(np.sqrt(max(solution.decrement_B[best], 0.0) / max(value[best], 1e-300)))
+    reasons, status = [], "converged"
+    at_bound = [names[i] for i in np.flatnonzero(bound)]
+    if not np.isfinite(value[best]) or not solution.converged_B[best]:
+        status = "unconverged"
+        reasons.append(f"Newton stopped after {solution.iterations} steps without reaching a minimum")
+    elif condition > 1 / RANK_FLOOR:
+        status = "not identified"
+        reasons.append(f"the rows do not tell {' and '.join(weakest)} apart")
+    elif at_bound:
+        status = "boundary"
+        reasons += [f"{n} ended at its bound, {problem.bounds[n][int(p[names.index(n)] > problem.lower_K[names.index(n)])]:g}"
+                    for n in at_bound]  # fmt: skip
+    agreeing = int(same.sum())
+    if status != "unconverged":
+        reasons.append(f"{agreeing} of {len(value)} independent starts reach this optimum; none goes lower")
+    return PointFit(params, p, float(value[best]), status, reasons, len(value), agreeing, scaled_gradient, condition,
+                    at_bound, solution.iterations)  # fmt: skip
+
+
+def _rounding(problem: Problem, loss: str, delta: float, weights_R) -> float:
+    """The objective of residuals of a few units in the last place: below it all fits are perfect."""
+    unit = 64.0 * np.finfo(float).eps * max(1.0, float(np.abs(problem.target_R).max()))
+    return float(weights_R.sum() * RowLoss(loss, delta).value(np.array(unit)))
+
+
+def _conditioning(problem: Problem, p_K, weights_R, free_K) -> tuple[float, list[str]]:
+    """Condition number of the column-scaled J'J over free parameters, and those in its weakest direction."""
+    at = problem.evaluate(p_K[None], weights_R[None], RowLoss("least_squares", 1.0))
+    matrix = at.majoriser_BxKxK[0][np.ix_(free_K, free_K)]
+    names = [n for n, f in zip(problem.law.parameters, free_K, strict=True) if f]
+    if not len(names):
+        return 1.0, []
+    diagonal = np.sqrt(np.diag(matrix))
+    if not np.isfinite(matrix).all() or not (diagonal > 0).all():
+        return np.inf, [n for n, d in zip(names, diagonal, strict=True) if not d > 0] or names
+    values, vectors = np.linalg.eigh(matrix / np.outer(diagonal, diagonal))
+    weak = np.abs(vectors[:, 0])
+    named = [n for n, w in zip(names, weak, strict=True) if w > 0.3 * weak.max()]
+    return (np.inf if values[0] <= 0 else float(values[-1] / values[0])), named
+
+
+__all__ = [
+    "EXPONENT_BOUNDS",
+    "PointFit",
+    "Solution",
+    "minimise",
+    "newton",
+    "point_starts",
+    "profile",
+    "solve",
+]

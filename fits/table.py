@@ -1,0 +1,311 @@
+"""From anybody's run table to clean rows: every row gets an outcome, and none vanishes silently."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fits.errors import FitError
+
+CORE = ("params", "tokens", "flops", "loss")
+# Nobody trains a language model on a thousandth of a token a parameter, nor on a million times more
+# tokens than parameters; a table that says so has its columns in other units.
+TOKENS_PER_PARAM = (1e-3, 1e6)
+SMALLEST_PARAMS = 100.0
+FLOPS_RATIO = (1e-3, 1e3)  # flops over 6 params tokens; sparse models and attention stay well inside
+SAME_VALUE = 0.005  # two sizes (or budgets) closer than half a per cent count as one
+
+
+@dataclasses.dataclass
+class Table:
+    """The rows that a fit uses, as float64 arrays [R], and the outcome of every input row.
+
+    Attributes:
+      params, tokens, flops, loss: used rows. index: their positions in the input.
+      extra: the other columns, used rows only. rows: one dict per input row, in input order.
+      flops_from: "column flops" or "6 params tokens".
+      hash: sha256 over the core columns of all input rows and which of them are used.
+    """
+
+    params: np.ndarray
+    tokens: np.ndarray
+    flops: np.ndarray
+    loss: np.ndarray
+    index: np.ndarray
+    extra: dict[str, np.ndarray]
+    rows: list[dict]
+    flops_from: str
+    hash: str
+    columns: dict[str, str]
+    units: dict[str, float]
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    def log_x(self) -> dict[str, np.ndarray]:
+        """Natural logs of N, D and C."""
+        return {"N": np.log(self.params), "D": np.log(self.tokens), "C": np.log(self.flops)}
+
+    def excluded(self) -> list[dict]:
+        return [r for r in self.rows if r["outcome"] == "excluded"]
+
+
+def read_table(path: str | pathlib.Path):
+    """Reads a CSV, Parquet or JSON-lines file as a DataFrame.
+
+    Raises:
+      FitError: the file is missing, unreadable, empty, or of another kind.
+    """
+    import pandas as pd
+
+    path = pathlib.Path(path)
+    readers = {
+        ".csv": pd.read_csv, ".tsv": lambda p: pd.read_csv(p, sep="\t"), ".parquet": pd.read_parquet,
+        ".jsonl": lambda p: pd.read_json(p, lines=True),
+    }  # fmt: skip
+    if path.suffix.lower() not in readers:
+        raise FitError(f"{path} ends in {path.suffix!r}; a run table is a file in {', '.join(readers)}")
+    if not path.is_file():
+        raise FitError(f"{path} is not a file; give a run table in {', '.join(readers)}")
+    try:
+        table = readers[path.suffix.lower()](path)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FitError(f"{path} cannot be read as a table: {reason}") from error
+    if not len(table):
+        raise FitError(f"{path} has no rows; a run table has one row a run")
+    return table
+
+
+def clean(
+    table: Any,
+    *,
+    needs: Sequence[str] = ("params", "tokens", "loss"),
+    columns: Mapping[str, str] | None = None,
+    token_unit: float = 1.0,
+    param_unit: float = 1.0,
+    exclude: Sequence[str] = (),
+) -> Table:
+    """Takes the usable rows of a run table and says what was done with each of the others.
+
+    Args:
+      table: a DataFrame or a mapping of equally long columns.
+      needs: the columns without which there is no fit; flops defaults to 6 params tokens.
+      columns: our name -> the table's name, where they differ.
+      token_unit, param_unit: what one unit of the column is (1e9 for billions).
+      exclude: declared rules over the table's columns, each an expression such as
+        ``"tokens < 20 * params"``; rows where it holds are left out and listed.
+
+    Raises:
+      FitError: a missing column, an unreadable rule, columns in the wrong units, or no usable row.
+    """
+    source = _as_columns(table)
+    columns = dict(columns or {})
+    _check_columns(source, columns, needs)
+    n = len(next(iter(source.values())))
+    raw = {ours: source[columns.get(ours, ours)] for ours in CORE if columns.get(ours, ours) in source}
+    numbers = {name: _numbers(values) for name, values in raw.items()}
+    for name, unit in (("tokens", token_unit), ("params", param_unit)):
+        if not (isinstance(unit, int | float) and math.isfinite(unit) and unit > 0):
+            raise FitError(
+                f"the unit of {name} is {unit!r}; it must be a positive number, such as 1e9 for billions"
+            )
+        if name in numbers:
+            numbers[name] = numbers[name] * unit
+    for name in CORE:
+        numbers.setdefault(name, np.full(n, np.nan))
+    flops_from = _fill_flops(numbers, columns.get("flops", "flops") if "flops" in raw else None)
+    reasons = _exclusions(source, columns, numbers, raw, needs, exclude, n)
+    used = np.array([not r for r in reasons], bool)
+    if not used.any():
+        raise FitError(f"none of the table's {n} rows can be used; {_count_reasons(reasons)}")
+    _check_units(numbers, used, "flops" in raw)
+    rows = [
+        {"row": i, "outcome": "used" if used[i] else "excluded", "reason": reasons[i], "flags": []}
+        | {c: _plain(numbers[c][i]) for c in CORE}
+        for i in range(n)
+    ]
+    extra = {k: v[used] for k, v in source.items()}
+    digest = hashlib.sha256()
+    for name in CORE:
+        digest.update(np.ascontiguousarray(numbers[name], "<f8").tobytes())
+    digest.update(used.tobytes())
+    core = {c: numbers[c][used] for c in CORE}
+    names = {c: columns.get(c, c) for c in CORE if c in raw}
+    units = {"params": float(param_unit), "tokens": float(token_unit)}
+    return Table(**core, index=np.flatnonzero(used), extra=extra, rows=rows, flops_from=flops_from,
+                 hash="sha256:" + digest.hexdigest(), columns=names, units=units)  # fmt: skip
+
+
+def _fill_flops(numbers: dict[str, np.ndarray], column: str | None) -> str:
+    """Puts 6 params tokens where the table gives no FLOPs; returns where they come from, in words."""
+    given = numbers["flops"]
+    blank = ~(np.isfinite(given) & (given > 0))
+    numbers["flops"] = np.where(blank, 6.0 * numbers["params"] * numbers["tokens"], given)
+    if column is None:
+        return "6 params tokens"
+    return f"column {column}" + (f" ({blank.sum()} blank rows: 6 params tokens)" if blank.any() else "")
+
+
+def _as_columns(table: Any) -> dict[str, np.ndarray]:
+    if hasattr(table, "columns") and hasattr(table, "__getitem__"):
+        names = [str(c) for c in table.columns]
+        if len(set(names)) < len(names):
+            twice = next(c for c in names if names.count(c) > 1)
+            raise FitError(f"the table has two columns named {twice!r}; names must be different")
+        out = {str(c): np.asarray(table[c]) for c in table.columns}
+    elif isinstance(table, Mapping):
+        out = {str(c): np.atleast_1d(np.asarray(v)) for c, v in table.items()}
+    else:
+        raise FitError(
+            f"the table is a {type(table).__name__}; it must be a DataFrame or a mapping of columns"
+        )
+    lengths = {k: len(v) for k, v in out.items()}
+    if not out or not max(lengths.values()):
+        raise FitError("the table has no rows; a run table has one row a run")
+    if len(set(lengths.values())) > 1:
+        raise FitError(f"the table's columns have different lengths: {lengths}")
+    return out
+
+
+def _check_columns(source, columns, needs):
+    for ours, theirs in columns.items():
+        if theirs not in source:
+            near = difflib.get_close_matches(theirs, list(source), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ";"
+            raise FitError(
+                f"columns maps {ours} to {theirs!r}, which the table lacks{hint} it has {', '.join(source)}"
+            )
+    for ours in needs:
+        if columns.get(ours, ours) not in source:
+            if ours == "flops" and all(columns.get(c, c) in source for c in ("params", "tokens")):
+                continue
+            raise FitError(
+                f"the table has no column {ours!r}; it has {', '.join(source)}. "
+                f"Say which one it is, for example columns={{{ours!r}: {next(iter(source))!r}}}"
+            )
+
+
+def _numbers(values: np.ndarray) -> np.ndarray:
+    """Float64, with NaN where a value is not a number."""
+    try:
+        return np.array(values, np.float64)
+    except (TypeError, ValueError):
+        pass
+    out = np.full(len(values), np.nan)
+    for i, value in enumerate(values):
+        try:
+            out[i] = float(value)
+        except (TypeError, ValueError):
+            continue
+    return out
+
+
+def _exclusions(source, columns, numbers, raw, needs, exclude, n) -> list[str]:
+    """The reason to leave each row out, or an empty string."""
+    reasons = [""] * n
+
+    def put(mask, words):
+        for i in np.flatnonzero(mask):
+            if not reasons[i]:
+                reasons[i] = words(i) if callable(words) else words
+
+    if "kept" in source:
+        kept = _numbers(source["kept"])
+        put(~(kept > 0), lambda i: f"kept = {source['kept'][i]}")
+    status = columns.get("status", "status")
+    if status in source:
+        bad = np.array([str(s) != "finished" for s in source[status]])
+        put(bad, lambda i: f"status is {source[status][i]}, not finished")
+    for name in needs:
+        value = numbers[name]
+        said = raw.get(name, value)
+        put(~np.isfinite(value), lambda i, name=name, said=said: f"{name} is {said[i]}, not a finite number")
+        put(~(value > 0), lambda i, name=name, said=said: f"{name} is {said[i]}, not positive")
+    for rule in exclude:
+        put(_apply_rule(source, rule, n), f"rule: {rule}")
+    seen: dict[tuple, int] = {}
+    for i in range(n):
+        if reasons[i]:
+            continue
+        key = tuple(repr(float(numbers[c][i])) for c in CORE)
+        if key in seen:
+            reasons[i] = f"exact duplicate of row {seen[key]}"
+        seen.setdefault(key, i)
+    return reasons
+
+
+def _apply_rule(source, rule: str, n: int) -> np.ndarray:
+    import pandas as pd
+
+    try:
+        frame = pd.DataFrame({k: v for k, v in source.items()})
+        mask = np.asarray(frame.eval(rule, engine="python"))
+    except Exception as error:
+        raise FitError(
+            f"exclude has the rule {rule!r}, which cannot be read over the columns: {error}"
+        ) from error
+    if mask.shape != (n,) or mask.dtype != bool:
+        raise FitError(
+            f"exclude has the rule {rule!r}; it must be true or false for each row, such as 'loss > 5'"
+        )
+    return mask
+
+
+def _count_reasons(reasons: list[str]) -> str:
+    counts: dict[str, int] = {}
+    for r in reasons:
+        counts[r] = counts.get(r, 0) + 1
+    top = sorted(counts.items(), key=lambda kv: -kv[1])[:3]
+    return "; ".join(f"{count} because {reason}" for reason, count in top)
+
+
+def _check_units(numbers, used, has_flops: bool):
+    params, tokens, flops = (numbers[c][used] for c in ("params", "tokens", "flops"))
+    both = np.isfinite(params).all() and np.isfinite(tokens).all()
+    if np.isfinite(params).all() and np.median(params) < SMALLEST_PARAMS:
+        raise FitError(
+            f"params has a median of {np.median(params):g}, which looks like millions or billions; "
+            "state the unit (param_unit=1e9 for billions)"
+        )
+    if both:
+        ratio = float(np.median(tokens / params))
+        if not TOKENS_PER_PARAM[0] <= ratio <= TOKENS_PER_PARAM[1]:
+            which = (
+                "tokens look to be in millions or billions"
+                if ratio < 1
+                else "params look to be in millions or billions"
+            )
+            unit = "token_unit" if ratio < 1 else "param_unit"
+            raise FitError(
+                f"tokens has a median of {np.median(tokens):g} against params of {np.median(params):g}, "
+                f"{ratio:.2g} tokens a parameter: {which}; state the unit ({unit}=1e9 for billions)"
+            )
+    if both and has_flops:
+        ratio = float(np.median(flops / (6.0 * params * tokens)))
+        if not FLOPS_RATIO[0] <= ratio <= FLOPS_RATIO[1]:
+            raise FitError(
+                f"flops has a median of {np.median(flops):g}, {ratio:.2g} times 6 params tokens; "
+                "it must be in floating-point operations (not exaFLOPs or PF-days), or be left out"
+            )
+
+
+def _plain(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def group_close(values: np.ndarray, tolerance: float = SAME_VALUE) -> np.ndarray:
+    """Group numbers (int, from 0, in rising order) of positive values; neighbours within ``tolerance`` share one."""
+    values = np.asarray(values, float)
+    order = np.argsort(values, kind="stable")
+    starts = np.diff(np.log(values[order]), prepend=np.log(values[order[:1]])) > np.log1p(tolerance)
+    groups = np.empty(len(values), int)
+    groups[order] = np.cumsum(starts)
+    return groups

@@ -1,0 +1,157 @@
+"""Uncertainty by refitting: thousands of re-weighted fits, whole clusters of rows at a time.
+
+Runs that share a size (or are branches of one trunk) share what is peculiar to it, so their
+residuals are correlated and resampling them one by one gives intervals that are too narrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fits.errors import FitError
+from fits.objective import PowerSumProblem, Problem
+from fits.solve import exponent_grid, minimise, profile
+from fits.table import Table, group_close
+
+SCHEMES = ("pairs", "bayesian")
+LEVELS = {"80": (0.10, 0.90), "95": (0.025, 0.975)}
+CHUNK = 256  # lanes refitted together: their working arrays stay in a core's cache
+
+
+def find_clusters(table: Table, cluster: str = "auto") -> tuple[np.ndarray, str]:
+    """Which rows are resampled together.
+
+    Args:
+      cluster: "auto" (the first of trunk, model size, run that repeats; else every row alone),
+        "size", "row", or the name of a column of the table.
+
+    Returns:
+      Cluster number per used row, int [R], and what a cluster is, in words.
+
+    Raises:
+      FitError: ``cluster`` is none of these.
+    """
+    n = len(table)
+    if cluster == "auto":
+        for column in ("trunk", "size", "run", "cell"):
+            if column != "size" and column not in table.extra:
+                continue
+            ids, name = find_clusters(table, column)
+            if len(np.unique(ids)) < n:
+                return ids, name
+        return np.arange(n), "row"
+    if cluster == "row":
+        return np.arange(n), "row"
+    if cluster == "size":
+        if not np.isfinite(table.params).all():
+            return np.arange(n), "row"
+        return group_close(table.params), "model size"
+    if cluster not in table.extra:
+        raise FitError(
+            f"cluster is {cluster!r}; it must be auto, size, row or a column: {', '.join(table.extra)}"
+        )
+    return np.unique([_key(v, i) for i, v in enumerate(table.extra[cluster])], return_inverse=True)[
+        1
+    ], cluster
+
+
+def _key(value: Any, row: int) -> str:
+    """A label; a blank one is a cluster of its own."""
+    blank = value is None or value != value or value == ""
+    return f"blank {row}" if blank else f"= {value}"
+
+
+def resample_weights(cluster_R: np.ndarray, count: int, scheme: str, seed: int) -> np.ndarray:
+    """Row weights [count, R] of resamples of whole clusters.
+
+    ``pairs``: as many clusters as there are, drawn with replacement (Efron 1979); ``bayesian``:
+    independent exponential weights scaled to the number of clusters (Rubin 1981).
+    """
+    if scheme not in SCHEMES:
+        raise FitError(f"scheme is {scheme!r}; it must be one of {', '.join(SCHEMES)}")
+    if not isinstance(count, int | np.integer) or count < 0:
+        raise FitError(f"bootstraps is {count!r}; it must be zero or a positive integer")
+    rng = np.random.default_rng(seed)
+    groups = int(cluster_R.max()) + 1
+    if scheme == "pairs":
+        weights = rng.multinomial(groups, np.full(groups, 1.0 / groups), size=count).astype(float)
+    else:
+        weights = rng.standard_exponential((count, groups))
+        weights *= groups / weights.sum(1, keepdims=True)
+    return weights[:, cluster_R]
+
+
+def refit(problem: Problem, p_K: np.ndarray, weights_BxR: np.ndarray, loss: str, delta: float):
+    """Refits under every row of weights; each lane starts from the better of the point fit and its own profile.
+
+    Returns:
+      p_BxK and converged_B.
+    """
+    p_out, converged = np.empty((len(weights_BxR), len(p_K))), np.zeros(len(weights_BxR), bool)
+    profiled = isinstance(problem, PowerSumProblem)
+    if profiled:
+        grid = exponent_grid(problem, 12 if len(problem.exponents) < 3 else 6)
+        width = delta if loss == "huber" else np.inf if loss == "least_squares" else 1e-3
+        robust_R = np.minimum(1.0, width / np.maximum(np.abs(problem.residuals(p_K[None])[0]), 1e-300))
+    for begin in range(0, len(weights_BxR), CHUNK):
+        weights = weights_BxR[begin : begin + CHUNK]
+        start = np.repeat(p_K[None], len(weights), 0)
+        if profiled:
+            rss, p = profile(problem, weights, grid, robust_R)
+            best = np.argmin(rss, 1)
+            lanes = np.arange(len(weights))
+            own_rss = (weights * robust_R * _profile_residual(problem, p_K) ** 2).sum(1)
+            take = np.isfinite(rss[lanes, best]) & (rss[lanes, best] < own_rss)
+            start = np.where(take[:, None], p[lanes, best], start)
+        solution = minimise(problem, start, weights, loss, delta)
+        p_out[begin : begin + CHUNK] = solution.p_BxK
+        converged[begin : begin + CHUNK] = solution.converged_B & np.isfinite(solution.value_B)
+    return p_out, converged
+
+
+def _profile_residual(problem: PowerSumProblem, p_K) -> np.ndarray:
+    scale = problem.y_R if problem.space == "log" else problem.y_R.mean()
+    return (problem.predict(p_K[None])[0] - problem.y_R) / scale
+
+
+def interval(draws: np.ndarray, estimate: float) -> dict[str, Any]:
+    """Standard deviation and percentile intervals (80 % and 95 %) of draws of one quantity."""
+    draws = np.asarray(draws, float)
+    if not len(draws) or not np.isfinite(draws).all():
+        draws = (
+            draws[np.isfinite(draws)] if np.isfinite(draws).sum() >= 0.99 * max(len(draws), 1) else draws[:0]
+        )
+    out: dict[str, Any] = {"estimate": float(estimate), "sd": None, "80": None, "95": None}
+    if len(draws) >= 20:  # below that no 95 % interval can be read off
+        out["sd"] = float(draws.std(ddof=1))
+        for level, ends in LEVELS.items():
+            out[level] = [float(q) for q in np.quantile(draws, ends)]
+    return out
+
+
+def intraclass(residual_R: np.ndarray, cluster_R: np.ndarray) -> dict[str, float]:
+    """Correlation of residuals within clusters, and the number of independent rows that they amount to.
+
+    The one-way analysis-of-variance estimator (Donner 1986), cut to [0, 1]; rows are divided by the
+    design effect 1 + (m0 - 1) icc with m0 the mean cluster size met by a row (Kish 1965).
+    """
+    n, counts = len(residual_R), np.bincount(cluster_R).astype(float)
+    groups = len(counts)
+    if groups == n or groups < 2:
+        return {"icc": 0.0, "effective_rows": float(n if groups == n else 1), "clusters": groups}
+    means = np.bincount(cluster_R, residual_R) / counts
+    between = (counts * (means - residual_R.mean()) ** 2).sum() / (groups - 1)
+    within = ((residual_R - means[cluster_R]) ** 2).sum() / (n - groups)
+    typical = (n - (counts**2).sum() / n) / (groups - 1)
+    total = between + (typical - 1) * within
+    icc = float(np.clip((between - within) / total, 0.0, 1.0)) if total > 0 else 0.0
+    met = (counts**2).sum() / n
+    return {"icc": icc, "effective_rows": float(n / (1 + (met - 1) * icc)), "clusters": groups}
+
+
+def summarise(params: Mapping[str, float], draws: Mapping[str, np.ndarray]) -> dict[str, dict]:
+    """``interval`` of every quantity in ``params``."""
+    return {k: interval(draws.get(k, np.empty(0)), v) for k, v in params.items()}
