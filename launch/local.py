@@ -86,7 +86,7 @@ def work(study: Path, execution) -> int:
 
 
 def try_cell(study: Path, entry: dict, execution, attempts: dict) -> str:
-    """Trains a cell, with a second try after an unexpected error; returns ``busy``, ``done`` or ``failed``."""
+    """Trains a cell, with a second try after an unexpected error: ``busy``, ``done`` or ``failed``."""
     folder = CellFolder(study, entry["id"])
     while attempts[entry["id"]] < MAX_FAILURES:
         if folder.result.exists():

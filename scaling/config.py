@@ -160,26 +160,35 @@ def validate_cell(cell: Mapping) -> dict:
       ConfigError: an unknown section or key, a missing field, a wrong type or a value out of range.
     """
     check_keys("the cell", cell, SCHEMA)
-    out: dict[str, dict] = {}
-    for section, fields in SCHEMA.items():
-        given = cell.get(section, {})
-        if not isinstance(given, Mapping):
-            raise ConfigError(f"{section} is {given!r}; it must be a mapping with keys {', '.join(fields)}")
-        check_keys(section, given, fields)
-        out[section] = {}
-        for key, field in fields.items():
-            value = given.get(key, field.default)
-            if value is dataclasses.MISSING:
-                raise ConfigError(f"{section}.{key} is missing; it must be {field.says}")
-            out[section][key] = check_field(f"{section}.{key}", field, value)
-    check_model(out["model"])
+    out = {section: validate_section(section, cell.get(section, {})) for section in SCHEMA}
     if out["schedule"]["warmup_steps"] >= out["train"]["steps"]:
         raise ConfigError(
             f"schedule.warmup_steps is {out['schedule']['warmup_steps']}; "
             f"it must be less than train.steps = {out['train']['steps']}"
         )
-    if out["data"]["source"] != "stdlib" and not out["data"]["path"]:
-        raise ConfigError(f"data.path is None; data.source = {out['data']['source']!r} needs a folder")
+    return out
+
+
+def validate_section(section: str, given: Any) -> dict:
+    """One section of a cell config, checked, with its defaults filled in.
+
+    Raises:
+      ConfigError: as ``validate_cell``.
+    """
+    fields = SCHEMA[section]
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{section} is {given!r}; it must be a mapping with keys {', '.join(fields)}")
+    check_keys(section, given, fields)
+    out = {}
+    for key, field in fields.items():
+        value = given.get(key, field.default)
+        if value is dataclasses.MISSING:
+            raise ConfigError(f"{section}.{key} is missing; it must be {field.says}")
+        out[key] = check_field(f"{section}.{key}", field, value)
+    if section == "model":
+        check_model(out)
+    if section == "data" and out["source"] != "stdlib" and not out["path"]:
+        raise ConfigError(f"data.path is None; data.source = {out['source']!r} needs a folder")
     return out
 
 

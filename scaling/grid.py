@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from scaling.config import ConfigError, canonical_json, cell_id, validate_cell
+from scaling.config import ConfigError, canonical_json, cell_id, validate_cell, validate_section
 from scaling.files import StudyError, read_json, write_json
 from scaling.flops import ledger
 from scaling.recipe import Recipe, batch_sequences, hparams, recipe_from_config, shape
@@ -111,8 +111,7 @@ def resolve(study: Mapping, recipe: Recipe, target: Target, data: Mapping) -> di
     seq = study["data"].get("seq", 128)
     base = {"vocab": data["vocab"], **study["model"]}
     model = shape(recipe, base, target.params, seq)
-    filled = validate_model_only(model)
-    account = ledger(filled, seq)
+    account = ledger(validate_section("model", model), seq)
     tokens = target.tokens
     if tokens is None:
         tokens = target.flops / account.train_flops_per_token(study["flops_convention"])
@@ -133,16 +132,6 @@ def resolve(study: Mapping, recipe: Recipe, target: Target, data: Mapping) -> di
             raise ConfigError(f"grid.cells set has {name!r}; it must look like 'optim.lr'")
         cell[section][key] = value
     return validate_cell(cell)
-
-
-def validate_model_only(model: Mapping) -> dict:
-    """The model section with its defaults filled in."""
-    rest = {
-        "optim": {"lr": 1.0},
-        "schedule": {"warmup_steps": 0},
-        "train": {"batch": 1, "steps": 1},
-    }
-    return validate_cell({"model": model, **rest})["model"]
 
 
 def why_drop(grid: Mapping, target: Target, cell: Mapping, data: Mapping, convention: str) -> str | None:

@@ -1,0 +1,38 @@
+"""A whole compute-optimal study in minutes on two CPU cores: bytes of Python's standard library.
+
+Three budgets, five or six sizes each around where the optimum was found to lie.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    return ConfigDict(
+        dict(
+            name="quickstart",
+            grid=dict(
+                kind="isoflop",
+                budgets=[3e10, 1.2e11, 4.8e11],
+                params=[
+                    [7e3, 14e3, 20e3, 40e3, 67e3],
+                    [7e3, 14e3, 20e3, 40e3, 67e3, 115e3],
+                    [7e3, 14e3, 20e3, 40e3, 67e3, 115e3, 210e3],
+                ],
+            ),
+            model=dict(head_dim=16, tied=True, qk_norm=True),
+            data=dict(source="stdlib", seq=128),
+            recipe=dict(
+                params=33e3,
+                tokens=2.0e6,
+                lr=1e-2,
+                batch_tokens=2048,
+                beta2=0.98,
+                width_per_layer=32.0,
+                width_multiple=16,
+                ffn_multiple=8,
+            ),
+            optim=dict(grad_clip=1.0),
+            schedule=dict(name="wsd", decay_fraction=0.3),
+            eval=dict(sequences=512),
+        )
+    )

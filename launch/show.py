@@ -1,0 +1,229 @@
+"""What a person at a terminal sees: the plan's table, progress bars, the status table."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from scaling.records import progress
+
+STATUS_STYLE = {"finished": "green", "running": "cyan", "diverged": "yellow", "failed": "red"}
+PLAN_COLUMNS = "C target, C, off, N, N non-emb, D, D/N, shape, batch, steps, LR, memory, time"
+
+
+def si(x: float | None) -> str:
+    """A number with an SI suffix and three digits: 12.3k, 4.56M."""
+    if x is None:
+        return "-"
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(x) >= limit * 0.9995:
+            return f"{x / limit:.3g}{suffix}"
+    return f"{x:.3g}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as 12 s, 3.4 min or 5.6 h."""
+    if seconds is None:
+        return "-"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def plan(console: Console, manifest: dict, estimate: dict | None, study: Path, outcome: str) -> None:
+    """The table that a person checks before spending."""
+    name = manifest["study"]
+    convention = manifest["flops_convention"]
+    table = Table(title=f"{name}: {len(manifest['cells'])} cells", header_style="bold", padding=(0, 1))
+    table.add_column("cell")
+    for column in PLAN_COLUMNS.split(", "):
+        table.add_column(column, justify="right")
+    last = None
+    for i, cell in enumerate(manifest["cells"]):
+        got, target, config = cell["achieved"], cell["target"], cell["config"]
+        c = got["flops_by_convention"][convention]
+        if last is not None and target["flops"] != last:
+            table.add_section()
+        last = target["flops"]
+        model, train = config["model"], config["train"]
+        guess = estimate["cells"][i] if estimate else {"seconds": None, "bytes": None}
+        table.add_row(
+            cell["id"][:8],
+            f"{target['flops']:.3g}" if target["flops"] else "-",
+            f"{c:.4g}",
+            f"{c / target['flops'] - 1:+.2%}" if target["flops"] else "-",
+            si(got["params_total"]),
+            si(got["params_nonembedding"]),
+            si(got["tokens"]),
+            f"{got['ratio']:.3g}",
+            f"{model['layers']}x{model['d_model']}",
+            str(train["batch"]),
+            str(train["steps"]),
+            f"{config['optim']['lr']:.3g}",
+            f"{guess['bytes'] / 2**20:.0f} MB" if guess["bytes"] else "-",
+            duration(guess["seconds"]),
+        )
+    console.print(table)
+    for dropped in manifest["dropped"]:
+        target = dropped["target"]
+        at = f"C {target['flops']:.3g}" if target["flops"] else f"D {target['tokens']:.3g}"
+        console.print(f"[yellow]dropped[/] N {target['params']:.3g}, {at}: {dropped['reason']}")
+    data = manifest["data"]
+    total = sum(c["achieved"]["flops"] for c in manifest["cells"])
+    console.print(
+        f"data: {si(data['unique_tokens'])} training tokens, {si(data['heldout_tokens'])} held out, "
+        f"vocabulary {data['vocab']}, fingerprint {data['fingerprint'][:12]}"
+    )
+    console.print(f"total: {total:.4g} FLOPs (exact: causal attention, forward and backward)")
+    if estimate:
+        console.print(
+            f"estimated on this device ({estimate['device']}): {duration(estimate['total_seconds'])} with "
+            f"{estimate['workers']} workers (an estimate: {estimate['how']})"
+        )
+    words = {
+        "new": f"written to {study}; next: scaling run {study}",
+        "same": f"{study} holds this very plan already; next: scaling run {study}",
+        "grown": f"{study} has grown to a new revision; next: scaling run {study}",
+        "dry run": "dry run: nothing was written",
+    }
+    console.print(words[outcome], soft_wrap=True)
+
+
+def data_facts(dataset, seq: int) -> dict:
+    """What the manifest keeps of a data set."""
+    from scaling.data import Stream
+
+    one_pass = Stream(dataset.train, seq, 1, 0).samples_per_epoch * seq
+    return {
+        "fingerprint": dataset.fingerprint,
+        "vocab": dataset.vocab,
+        "unique_tokens": int(one_pass),
+        "heldout_tokens": len(dataset.heldout),
+        "bytes_per_token": dataset.bytes_per_token,
+        "describe": dataset.describe(),
+    }
+
+
+@contextlib.contextmanager
+def progress_bars(console: Console, study: Path, quiet: bool = False) -> Iterator:
+    """Yields a function to call often: it redraws the study's bar and one bar a running cell.
+
+    Without a terminal it prints one line whenever a cell ends.
+    """
+    reporter = _Reporter(console, study)
+    if quiet:
+        yield lambda: None
+    elif not console.is_terminal:
+        yield reporter.print_finished
+    else:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=console) as bars:
+            reporter.bars = bars
+            yield reporter.redraw
+
+
+class _Reporter:
+    """Keeps what was shown, so that each finished cell is said once."""
+
+    def __init__(self, console: Console, study: Path):
+        self.console, self.study, self.bars = console, study, None
+        self.tasks: dict = {}
+        rows = progress(study)
+        self.said = {r["cell"] for r in rows if r["status"] in ("finished", "diverged")}
+        self.done_before = sum(r["flops"] for r in rows if r["cell"] in self.said)
+        self.last = 0.0
+
+    def rows(self) -> list[dict]:
+        return progress(self.study)
+
+    def ended(self, rows: list[dict]) -> list[dict]:
+        """Cells that ended since the last call."""
+        new = [r for r in rows if r["status"] in ("finished", "diverged") and r["cell"] not in self.said]
+        self.said |= {r["cell"] for r in new}
+        return new
+
+    def print_finished(self) -> None:
+        rows = self.rows()
+        for row in self.ended(rows):
+            self.console.print(f"[{len(self.said)}/{len(rows)}] " + cell_line(row), markup=False)
+
+    def redraw(self) -> None:
+        if time.monotonic() - self.last < 0.5:
+            return
+        self.last = time.monotonic()
+        rows = self.rows()
+        total = sum(r["flops"] for r in rows) - self.done_before
+        done = sum(r["flops"] * r["step"] / r["steps"] for r in rows) - self.done_before
+        ended = len([r for r in rows if r["status"] in ("finished", "diverged")])
+        if "study" not in self.tasks:
+            self.tasks["study"] = self.bars.add_task("study", total=total, note="")
+        self.bars.update(self.tasks["study"], completed=done, note=f"{ended} of {len(rows)} cells")
+        for row in rows:
+            name = row["cell"]
+            running = row["status"] == "running"
+            if running and name not in self.tasks:
+                self.tasks[name] = self.bars.add_task(name[:8], total=row["steps"], note="")
+            if name in self.tasks:
+                note = f"loss {row['loss']:.3f}" if row["loss"] is not None else ""
+                self.bars.update(self.tasks[name], completed=row["step"], note=note, visible=running)
+        for row in self.ended(rows):
+            self.bars.console.print(cell_line(row), markup=False)
+
+
+def cell_line(row: dict) -> str:
+    """One line about a cell that has ended."""
+    if row["status"] != "finished":
+        return f"{row['cell'][:8]} {row['status']}: {row['reason']}"
+    return f"{row['cell'][:8]} finished: loss {row['loss']:.4f} in {duration(row['seconds'])}"
+
+
+def status(console: Console, study: Path, rows: list[dict]) -> None:
+    """The status table of a study."""
+    table = Table(title=str(study), header_style="bold")
+    for column in ("cell", "status", "step", "of", "loss", "time", "note"):
+        table.add_column(column, justify="left" if column in ("cell", "status", "note") else "right")
+    for r in rows:
+        style = STATUS_STYLE.get(r["status"], "")
+        note = "" if r["status"] in ("finished", "running", "planned") else str(r["reason"])
+        loss = "-" if r["loss"] is None else f"{r['loss']:.4f}"
+        row = (r["cell"], f"[{style}]{r['status']}[/]", r["step"], r["steps"], loss, duration(r["seconds"]))
+        table.add_row(*map(str, row), note)
+    console.print(table)
+    console.print(counts(rows))
+
+
+def counts(rows: list[dict]) -> str:
+    """How many cells have each status."""
+    seen = [r["status"] for r in rows]
+    return f"{len(rows)} cells: " + ", ".join(f"{seen.count(s)} {s}" for s in dict.fromkeys(seen))
+
+
+def run_summary(console: Console, study: Path) -> None:
+    """The last lines of ``scaling run``."""
+    rows = progress(study)
+    for r in rows:
+        if r["status"] not in ("finished", "planned", "running"):
+            console.print(f"[yellow]{cell_line(r)}[/]")
+    console.print(f"{counts(rows)}; next: scaling fit {study}", soft_wrap=True)
+
+
+def estimate(manifest: dict) -> dict:
+    """Time and memory of every cell on this device."""
+    from scaling.estimate import estimate_cells
+
+    return estimate_cells(manifest["cells"])
