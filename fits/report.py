@@ -1,0 +1,239 @@
+"""The report: one HTML file that needs no network, with the answer and the doubts first."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+
+from fits import plots
+from fits import report_study as study_words
+from fits import report_tables as words
+from fits.errors import FitError
+from fits.fit import Fit
+from fits.fitfile import read_fit
+
+FRONTIER_POINTS = 13
+"""Budgets at which the frontier is computed; it is near a power law, so lines between them do."""
+
+
+def write_report(
+    study: str | os.PathLike | None,
+    fit: Fit | str | os.PathLike,
+    *,
+    allocation: Any = None,
+    approaches: Any = None,
+    out: str | os.PathLike = "report.html",
+    plots_dir: str | os.PathLike | None = None,
+    flops: Callable | None = None,
+    title: str | None = None,
+    commands: Sequence[str] = (),
+) -> Path:
+    """Writes the report of a fit, and its figures as PNG files.
+
+    Args:
+      study: the study folder that was fitted; None for a table from elsewhere.
+      fit: a ``Fit`` or the path of a fit file.
+      allocation: an ``Allocation``, its ``to_dict()``, or several of them.
+      approaches: a ``Comparison`` of approaches 1, 2 and 3, or its ``to_dict()``.
+      out: the HTML file. plots_dir: the PNG files' folder; default ``plots`` in the study, or beside ``out``.
+      flops: training FLOPs of (N, D), for the frontier; default 6 N D.
+      title: heading; default the study's name, or the table's.
+      commands: the command lines that led here, for the checklist.
+
+    Returns:
+      The path of the HTML file. The same inputs give the same bytes.
+
+    Raises:
+      FitError: a fit, study or allocation that cannot be read, or a place that cannot be written.
+    """
+    fit = fit if isinstance(fit, Fit) else read_fit(fit)
+    answers = [_plain(a) for a in _several(allocation)]
+    compared = None if approaches is None else _plain(approaches)
+    manifest, table, curves = _read_study(study)
+    out = Path(out)
+    if plots_dir is None:
+        plots_dir = Path(study) / "plots" if study is not None else out.parent / "plots"
+    points = ((compared or {}).get("approaches", {}).get("2") or {}).get("points") or []
+    frontier = _frontier(fit, points, answers, flops)
+    figures = _figures(fit, compared, points, answers, frontier, table, curves)
+    context = _context(fit, compared, points, answers, manifest, table, commands)
+    context["title"] = title or (manifest or {}).get("study") or fit.data.get("source") or "Scaling-law fit"
+    context["figures"] = {
+        name: Markup(plots.svg(figure, name, CAPTIONS[name])) for name, figure in figures.items()
+    }
+    context["captions"] = {name: CAPTIONS[name] for name in figures}
+    own_count = getattr(flops, "label", "the study's own FLOP function")
+    context["frontier_compute"] = "C = 6 N D" if flops is None else own_count
+    page = _environment().get_template("report.html").render(context)
+    for name, figure in figures.items():
+        _write_whole(Path(plots_dir) / f"{name}.png", plots.png(figure))
+    _write_whole(out, page.encode())
+    return out
+
+
+CAPTIONS = {
+    "isoflop": "Loss against model size at each budget: the bottom of each curve is the best N for that "
+    "budget, and a curve without an orange mark has no minimum among its runs.",
+    "surface": "The fitted loss over N and D, with the runs coloured by their measured loss on the same "
+    "scale: a dot whose colour differs from the lines around it is badly fitted.",
+    "frontier": "The best N and D against the budget: the shaded strip holds the budgets that were run; all "
+    "outside it is extrapolation, and the bands show its doubt only if the law keeps its form.",
+    "loss_curves": "Training loss of every cell against tokens seen, coloured by N: at equal tokens larger "
+    "models should lie lower, and no curve should turn upward.",
+    "residuals": "What the law leaves unexplained: a trend or a bend against N, D or the fitted loss means "
+    "that the law has the wrong form, and points off the line in the last panel are outliers.",
+    "sensitivity": "The exponent a when one choice is made otherwise: marks outside the bands are choices "
+    "that matter more than the noise; hollow marks did not converge.",
+}
+
+
+def _several(allocation: Any) -> list:
+    if allocation is None:
+        return []
+    return list(allocation) if isinstance(allocation, list | tuple) else [allocation]
+
+
+def _plain(result: Any) -> Mapping:
+    return result if isinstance(result, Mapping) else result.to_dict()
+
+
+def _read_study(study) -> tuple[Mapping | None, pd.DataFrame | None, Mapping]:
+    if study is None:
+        return None, None, {}
+    from scaling import records  # here, so that a table from elsewhere needs nothing of scaling
+
+    return records.read_manifest(study), records.collect(study), records.curves(study)
+
+
+def _frontier(fit: Fit, points, answers, flops) -> dict | None:
+    """The law's optimum, point and draws, over the budgets of the rows and of the answers."""
+    if fit.status in words.NO_ESTIMATE or set(fit.law.variables) != {"N", "D"}:
+        return None
+    low, high = fit.diagnostics["range"]["flops"]
+    budgets = [low, high, *(p["budget"] for p in points), *(a["budget"] for a in answers)]
+    C = np.geomspace(min(budgets), max(max(budgets), 10 * high), FRONTIER_POINTS)
+    best = fit.optimum(C, flops)
+    if not np.isfinite([best["N"], best["D"]]).all():
+        return None
+    draws = fit.optimum_draws(C, flops) if len(fit.draws) else {"N": None, "D": None}
+    return {"C": C, "N": best["N"], "D": best["D"], "draws_N": draws["N"], "draws_D": draws["D"]}
+
+
+def _figures(fit, compared, points, answers, frontier, table, curves) -> dict[str, Any]:
+    """The figures that these inputs allow, by name, in the order of the page."""
+    figures = {}
+    usable = fit.status not in words.NO_ESTIMATE
+    if points:
+        figures["isoflop"] = plots.plot_isoflop(plots.rows_of(fit), points)
+    if usable and set(fit.law.variables) == {"N", "D"}:
+        figures["surface"] = plots.plot_surface(fit, frontier)
+    if frontier is not None:
+        own = (
+            {k: compared["approaches"][k]["points"] for k in ("1", "2") if k in compared["approaches"]}
+            if compared
+            else {}
+        )
+        ends = tuple(fit.diagnostics["range"]["flops"])
+        figures["frontier"] = plots.plot_frontier(frontier, own, answers, ends)
+    if curves:
+        params = dict(zip(table["cell"], table["params"], strict=True))
+        diverged = sorted(set(table["cell"][table["status"] == "diverged"]))
+        figures["loss_curves"] = plots.plot_loss_curves(curves, params, diverged)
+    if usable:
+        figures["residuals"] = plots.plot_residuals(fit)
+    if usable and any(s.get("a") is not None for s in fit.sensitivity):
+        figures["sensitivity"] = plots.plot_sensitivity(fit)
+    return figures
+
+
+def _context(fit, compared, points, answers, manifest, table, commands) -> dict[str, Any]:
+    """Everything that the template prints."""
+    context = {
+        "fit": fit,
+        "headline": words.headline(fit, answers),
+        "warnings": words.warnings(fit, answers, points),
+        "status_words": words.STATUS_WORDS[fit.status],
+        "estimated": fit.status not in words.NO_ESTIMATE,
+        "law": words.law_table(fit),
+        "allocations": [words.allocation_table(a) for a in answers],
+        "approaches": words.approach_table(compared),
+        "isoflop": words.isoflop_table(points) if points else None,
+        "published": plots.PUBLISHED,
+        "flops_ratio": words.flops_ratio(fit),
+        "exponents": study_words.exponents_table(compared),
+        "sensitivity": words.sensitivity_table(fit),
+        "checklist": words.fit_checklist(fit),
+        "commands": list(commands),
+        "number": words.number,
+        "sizes": None,
+        "dropped": None,
+        "runs": None,
+        "settings": None,
+    }
+    cells = None
+    if manifest is not None:
+        dropped = manifest["dropped"]
+        if not study_words.staleness(fit, table):
+            cells = list(table["cell"])
+        context["warnings"] += study_words.study_warnings(fit, table, dropped)
+        context["checklist"] += study_words.study_checklist(manifest, table)
+        context |= {
+            "sizes": study_words.sizes_table(table),
+            "dropped": study_words.dropped_table(dropped) if dropped else None,
+            "runs": study_words.run_table(table),
+            "settings": study_words.settings_table(manifest),
+        }
+    context["rows"] = words.row_tables(fit, cells)
+    return context
+
+
+def _environment() -> jinja2.Environment:
+    folder = files("fits") / "templates"
+    loader = jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8"))
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["say"] = say
+    return environment
+
+
+def say(value: Any) -> Markup:
+    """A string, a ``Number``, or a list of them, as HTML; a number carries its full value."""
+    if isinstance(value, words.Number):
+        return Markup('<data value="{}">{}</data>').format(repr(value.value), value.text)
+    if isinstance(value, list):
+        text = Markup(" ").join(say(v) for v in value)
+        for mark in (",", ".", ";", ")"):
+            text = text.replace(f" {mark}", mark)
+        return Markup(text.replace("( ", "("))
+    return Markup.escape(value)
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Writes aside and renames.
+
+    Raises:
+      FitError: the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.chmod(aside, 0o644)  # mkstemp makes a private file; a report is to be shared
+            os.replace(aside, path)
+        except OSError:
+            Path(aside).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise FitError(f"{path} cannot be written: {error.strerror or error}") from error

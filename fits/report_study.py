@@ -1,0 +1,176 @@
+"""What the report says of the study behind a fit: its cells, their cost, their settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fits.report_tables import number
+
+CONVENTION_WORDS = {
+    "exact": "exact, attention's causal half",
+    "full": "exact, attention as a full square",
+    "6N_total": "6 N D, all parameters",
+    "6N_nonembedding": "6 N D, without embeddings",
+    "kaplan": "Kaplan et al. 2020, table 1",
+}
+FLOPS_COLUMNS = {
+    "flops": "exact",
+    "flops_full": "full",
+    "flops_6N_total": "6N_total",
+    "flops_6N_nonembedding": "6N_nonembedding",
+    "flops_kaplan": "kaplan",
+}
+RUN_COLUMNS = {
+    "cell": ("cell", None),
+    "params": ("N", "count"),
+    "tokens": ("D", "count"),
+    "flops": ("C (FLOPs)", "sci"),
+    "epochs": ("epochs", "g3"),
+    "seed": ("seed", "int"),
+    "batch_tokens": ("batch (tokens)", "int"),
+    "steps": ("steps", "int"),
+    "lr": ("peak LR", "g3"),
+    "loss": ("loss", "g5"),
+    "loss_stderr": ("its s.e.", "g2"),
+    "bits_per_byte": ("bits/byte", "g4"),
+    "wall_seconds": ("time (s)", "g3"),
+    "mfu": ("MFU", "percent"),
+    "status": ("status", None),
+    "reason": ("reason", None),
+}
+
+
+def final_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a cell: its last."""
+    return table[table["final"].astype(bool)]
+
+
+def study_warnings(fit: Any, table: pd.DataFrame, dropped: Sequence[Mapping]) -> list[str]:
+    """What to doubt about the study: cells that did not finish, were never planned, or changed since."""
+    final = final_rows(table)
+    out = [stale] if (stale := staleness(fit, table)) else []
+    for status, count in final["status"].value_counts().sort_index().items():
+        if status != "finished":
+            out.append(
+                f"{count} of {len(final)} cells of the study {'is' if count == 1 else 'are'} {status}."
+            )
+    if dropped:
+        few = len(dropped) == 1
+        out.append(
+            f"{len(dropped)} wanted cell{' was' if few else 's were'} dropped when the study was planned; "
+            f"{'it is' if few else 'they are'} listed below."
+        )
+    return out
+
+
+def staleness(fit: Any, table: pd.DataFrame) -> str:
+    """A sentence where the fit was made on another state of the run table, else nothing."""
+    if len(fit.rows) != len(table):
+        return (
+            f"The fit was made on {len(fit.rows)} rows, and the study's table now has {len(table)}: "
+            "fit it again before you read on."
+        )
+    for name, words in {"params": "sizes", "tokens": "tokens", "loss": "losses"}.items():
+        then = np.array([np.nan if row[name] is None else row[name] for row in fit.rows], float)
+        now = table[name].to_numpy(float)
+        if not np.all((np.isnan(then) & np.isnan(now)) | (then == now)):
+            return (
+                f"The column {name} of the study has changed since the fit: fit it again before you read on."
+            )
+    return ""
+
+
+def dropped_table(dropped: Sequence[Mapping]) -> dict[str, Any]:
+    """Cells that the plan left out."""
+    form = {"params": "count", "tokens": "count", "flops": "sci"}
+    rows = [[*(number(d["target"].get(k), f) for k, f in form.items()), d["reason"]] for d in dropped]
+    return {"head": ["N wanted", "D wanted", "C wanted", "reason"], "rows": rows}
+
+
+def sizes_table(table: pd.DataFrame) -> dict[str, Any] | None:
+    """Of each size: N with and without embeddings, and training FLOPs per token under each convention."""
+    done = final_rows(table)
+    done = done[done["flops"].notna() & done["tokens"].notna()]
+    columns = [c for c in FLOPS_COLUMNS if c in done and done[c].notna().any()]
+    if not len(done):
+        return None
+    rows = []
+    for N, group in done.groupby("params_total"):
+        one = group.iloc[0]
+        row = [number(N, "int")]
+        row += [number(one[c], "int") for c in ("params_nonembedding", "params_embedding")]
+        for column in columns:
+            relative = number(one[column] / one["flops"], "g3")
+            row.append([number(one[column] / one["tokens"], "g4"), "(", relative, ")"])
+        rows.append(row)
+    head = ["N, all", "N, no embeddings", "embeddings"]
+    head += ["FLOPs per token: " + CONVENTION_WORDS[FLOPS_COLUMNS[c]] for c in columns]
+    return {"head": head, "rows": rows}
+
+
+def exponents_table(approaches: Mapping | None) -> dict[str, Any] | None:
+    """The exponents that each counting convention gives."""
+    if not approaches or not approaches.get("conventions"):
+        return None
+    rows = []
+    for c in approaches["conventions"]:
+        row = [CONVENTION_WORDS.get(c["convention"], c["convention"]), c["column"]]
+        rows.append([*row, *(number(c[k], "g4") for k in ("a", "b", "alpha", "beta")), c["status"]])
+    return {"head": ["convention", "column", "a", "b", "alpha", "beta", "status"], "rows": rows}
+
+
+def run_table(table: pd.DataFrame) -> dict[str, Any]:
+    """One line a cell: what it was, what came out, what it took."""
+    final = final_rows(table)
+    shown = {c: v for c, v in RUN_COLUMNS.items() if c in final and final[c].notna().any()}
+    rows = []
+    for record in final.to_dict("records"):
+        row = []
+        for column, (_, form) in shown.items():
+            value = None if pd.isna(record[column]) else record[column]
+            row.append(number(value, form) if form else "" if value is None else str(value))
+        rows.append(row)
+    return {"head": [label for label, _ in shown.values()], "rows": rows}
+
+
+def settings_table(manifest: Mapping) -> dict[str, Any]:
+    """Every field of the cell configs: its value where all cells share it, its range where not."""
+    values: dict[str, list] = {}
+    for entry in manifest["cells"]:
+        for section, fields in entry["config"].items():
+            for key, value in fields.items() if isinstance(fields, Mapping) else ():
+                values.setdefault(f"{section}.{key}", []).append(value)
+    rows = []
+    for name in sorted(values):
+        seen = list(dict.fromkeys(values[name]))
+        if len(seen) == 1:
+            rows.append([name, "none" if seen[0] is None else str(seen[0])])
+        elif all(isinstance(v, int | float) and not isinstance(v, bool) for v in seen):
+            rows.append([name, [number(min(seen)), "to", number(max(seen)), f"({len(seen)} values)"]])
+        else:
+            rows.append([name, ", ".join(map(str, seen))])
+    return {"head": ["setting", "over all cells"], "rows": rows}
+
+
+def study_checklist(manifest: Mapping, table: pd.DataFrame) -> list[list]:
+    """How the runs were made: question and answer."""
+    final = final_rows(table)
+    seeds = sorted({int(s) for s in final["seed"].dropna()})
+    data = ", ".join(f"{k} {v}" for k, v in (manifest.get("data") or {}).items())
+    convention = manifest["flops_convention"]
+    cells = f"{len(manifest['cells'])} cells planned, {len(manifest['dropped'])} dropped"
+    out = [
+        ["Study", f"{manifest['study']}, revision {manifest['revision']}: {cells}"],
+        ["FLOPs of the plan", CONVENTION_WORDS.get(convention, convention)],
+        ["Training seeds", ", ".join(map(str, seeds)) or "none"],
+        ["Training data", data or "not recorded"],
+    ]
+    if final["device_seconds"].notna().any():
+        kinds = ", ".join(sorted(set(final["device_kind"].dropna()))) or "an unnamed device"
+        spent = number(final["device_seconds"].sum(), "g4")
+        out.append(["Devices and time", [kinds, ";", spent, "device seconds in all"]])
+    return out
