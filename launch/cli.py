@@ -14,7 +14,7 @@ from scaling import __version__
 from scaling.config import ConfigError
 from scaling.files import StudyError
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
 stderr = Console(stderr=True, highlight=False)
 
 

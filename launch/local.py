@@ -68,13 +68,14 @@ def run_cell(study: Path, entry: dict, execution, on_metrics=None) -> str:
         return train(entry["config"], folder, execution, on_metrics)["status"]
 
 
-def work(study: Path, execution) -> int:
+def work(study: Path, execution, only: list[str] | None = None) -> int:
     """The life of one worker: walks the list until every cell is done or has failed.
 
     Returns:
       The number of cells that this worker saw fail.
     """
     entries = sorted(read_manifest(study)["cells"], key=lambda e: -e["achieved"]["flops"])
+    entries = [e for e in entries if only is None or e["id"] in only]
     attempts = dict.fromkeys((e["id"] for e in entries), 0)
     waiting = entries
     while waiting:

@@ -25,6 +25,8 @@ def main() -> int:
     parser.add_argument("--checkpoint-seconds", type=float, default=60.0)
     parser.add_argument("--checkpoint-steps", type=int)
     parser.add_argument("--remat", default="none")
+    parser.add_argument("--cell", action="append", help="only this cell (may be given again)")
+    parser.add_argument("--wandb", default="off")
     parser.add_argument("--cores", help="bind to these CPU cores, such as 0,1")
     parser.add_argument("--parent", type=int, help="end when this process is gone")
     args = parser.parse_args()
@@ -39,9 +41,9 @@ def main() -> int:
     from scaling.files import StudyError
     from scaling.train import Execution
 
-    execution = Execution(args.remat, args.checkpoint_seconds, args.checkpoint_steps)
+    execution = Execution(args.remat, args.checkpoint_seconds, args.checkpoint_steps, wandb=args.wandb)
     try:
-        return 1 if work(args.study, execution) else 0
+        return 1 if work(args.study, execution, args.cell) else 0
     except (ConfigError, StudyError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 SCHEMA_VERSION = 1
+REQUIRED = object()
 
 
 class ConfigError(ValueError):
@@ -32,28 +33,28 @@ class Field:
     kind: type
     valid: Callable[[Any], bool]
     says: str
-    default: Any = dataclasses.MISSING
+    default: Any = REQUIRED
     optional: bool = False
     hashed: bool = True
 
 
-def _positive_int(default=dataclasses.MISSING, **kw) -> Field:
+def _positive_int(default=REQUIRED, **kw) -> Field:
     return Field(int, lambda x: x > 0, "a positive integer", default, **kw)
 
 
-def _positive(default=dataclasses.MISSING, **kw) -> Field:
+def _positive(default=REQUIRED, **kw) -> Field:
     return Field(float, lambda x: x > 0, "a positive number", default, **kw)
 
 
-def _fraction(default=dataclasses.MISSING) -> Field:
+def _fraction(default=REQUIRED) -> Field:
     return Field(float, lambda x: 0 <= x < 1, "a number in [0, 1)", default)
 
 
-def _nonnegative(default=dataclasses.MISSING) -> Field:
+def _nonnegative(default=REQUIRED) -> Field:
     return Field(float, lambda x: x >= 0, "zero or a positive number", default)
 
 
-def _choice(*names: str, default=dataclasses.MISSING) -> Field:
+def _choice(*names: str, default=REQUIRED) -> Field:
     return Field(str, lambda x: x in names, "one of " + ", ".join(map(repr, names)), default)
 
 
@@ -61,7 +62,7 @@ def _flag(default: bool) -> Field:
     return Field(bool, lambda x: True, "True or False", default)
 
 
-def _count(default=dataclasses.MISSING) -> Field:
+def _count(default=REQUIRED) -> Field:
     return Field(int, lambda x: x >= 0, "zero or a positive integer", default)
 
 
@@ -182,7 +183,7 @@ def validate_section(section: str, given: Any) -> dict:
     out = {}
     for key, field in fields.items():
         value = given.get(key, field.default)
-        if value is dataclasses.MISSING:
+        if value is REQUIRED:
             raise ConfigError(f"{section}.{key} is missing; it must be {field.says}")
         out[key] = check_field(f"{section}.{key}", field, value)
     if section == "model":

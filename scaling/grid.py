@@ -12,9 +12,8 @@ from pathlib import Path
 
 from scaling.config import ConfigError, canonical_json, cell_id, validate_cell, validate_section
 from scaling.files import StudyError, read_json, write_json
-from scaling.flops import ledger
+from scaling.flops import CONVENTIONS, ledger
 from scaling.recipe import Recipe, batch_sequences, hparams, recipe_from_config, shape
-from scaling.study import CONVENTIONS
 
 MANIFEST_SCHEMA = 1
 

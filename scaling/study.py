@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from scaling.config import SCHEMA, ConfigError, check_field, check_keys, to_plain
+from scaling.flops import CONVENTIONS
 from scaling.recipe import recipe_from_config
-
-CONVENTIONS = ("exact", "full", "6N_total", "6N_nonembedding", "kaplan")
 
 # Fields of a cell that the recipe decides; a study config may not set them, a listed cell may.
 FROM_RECIPE = {

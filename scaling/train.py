@@ -45,6 +45,8 @@ class Execution:
     checkpoint_steps: int | None = None
     """Save also every so many steps."""
     prefetch: int = 2
+    wandb: str = "off"
+    """``off``, ``offline`` or ``online``: mirror the metrics to Weights & Biases."""
 
 
 class Diverged(Exception):
