@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -29,8 +30,8 @@ def cache_root() -> Path:
 def cached(key: str, build: Callable[[Path], dict]) -> tuple[Path, dict]:
     """A folder of built files, made at the first call and found at the next.
 
-    Safe when several processes ask at once: each builds in a folder of its own, and the first rename wins.
-    A damaged entry is built again.
+    Safe when several processes ask at once: one builds under a lock that dies with it, the others wait. A
+    damaged entry is built again; a whole one is never touched, so readers need no lock.
 
     Args:
       key: names the entry; everything that decides the content must be in it.
@@ -43,13 +44,29 @@ def cached(key: str, build: Callable[[Path], dict]) -> tuple[Path, dict]:
       ConfigError: the cache folder cannot be written, or the disk is full.
     """
     folder = cache_root() / "data" / key
-    aside = folder.with_name(f".{key}.{os.getpid()}.{uuid.uuid4().hex}")
     try:
         found = _read(folder)
-        if found is not None:
-            return folder, found
-        aside.mkdir(parents=True)
-        _remove_abandoned(folder.parent)
+        if found is None:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with open(folder.with_name(f".{key}.lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                found = _read(folder, warn=True)
+                if found is None:
+                    found = _build(folder, build)
+    except OSError as error:
+        raise ConfigError(
+            f"the data cache failed: {explain_os_error(error, error.filename or folder)}; "
+            "SCALING_CACHE names another cache folder"
+        ) from error
+    return folder, found
+
+
+def _build(folder: Path, build: Callable[[Path], dict]) -> dict:
+    """Builds aside and renames; called under the entry's lock."""
+    _remove_abandoned(folder.parent)
+    aside, damaged = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex}") for _ in range(2))
+    aside.mkdir()
+    try:
         about = build(aside)
         files = {path.name: [path.stat().st_size, _sha256(path)] for path in sorted(aside.iterdir())}
         text = json.dumps({"version": _VERSION, "files": files, "about": about}, allow_nan=False)
@@ -57,59 +74,32 @@ def cached(key: str, build: Callable[[Path], dict]) -> tuple[Path, dict]:
         for path in aside.iterdir():
             with open(path, "rb+") as f:
                 os.fsync(f.fileno())
-        _move_into_place(aside, folder)
-    except OSError as error:
-        raise ConfigError(
-            f"the data cache failed: {explain_os_error(error, error.filename or folder)}; "
-            "SCALING_CACHE names another cache folder"
-        ) from error
+        if folder.exists():
+            os.rename(folder, damaged)
+        os.rename(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return folder, about
+        shutil.rmtree(damaged, ignore_errors=True)
+    return about
 
 
-def _move_into_place(aside: Path, folder: Path) -> None:
-    """Renames the built folder; where another process was first, its equal entry stays."""
-    for _ in range(3):  # a damaged entry may come in between when several processes replace it at once
-        try:
-            os.rename(aside, folder)
-            return
-        except OSError:
-            if not folder.exists():
-                raise
-            if _read(folder) is not None:
-                return
-            damaged = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-            try:
-                os.rename(folder, damaged)
-            except FileNotFoundError:
-                continue
-            shutil.rmtree(damaged, ignore_errors=True)
-    raise OSError(f"{folder} keeps changing")
-
-
-def _read(folder: Path) -> dict | None:
+def _read(folder: Path, warn: bool = False) -> dict | None:
     """What was stored with the entry; None where there is none or it is damaged."""
     try:
-        text = (folder / "entry.json").read_text()
-    except (FileNotFoundError, NotADirectoryError):
-        if folder.exists():
-            warnings.warn(f"the cached data in {folder} are incomplete; building them again", stacklevel=4)
-        return None
-    try:
-        entry = json.loads(text)
+        entry = json.loads((folder / "entry.json").read_text())
         files, about = entry["files"], entry["about"]
         whole = entry["version"] == _VERSION and all(
             os.path.getsize(folder / name) == size for name, (size, _) in files.items()
         )
         if whole and sum(size for size, _ in files.values()) <= _CHECKED_BYTES:
             whole = all(_sha256(folder / name) == digest for name, (_, digest) in files.items())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         whole = False
-    if not whole:
+    if whole:
+        return about
+    if warn and folder.exists():
         warnings.warn(f"the cached data in {folder} are damaged; building them again", stacklevel=4)
-        return None
-    return about
+    return None
 
 
 def _sha256(path: Path) -> str:

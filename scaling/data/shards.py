@@ -181,7 +181,12 @@ def check_manifest(manifest: dict, path: Path) -> None:
     get = manifest.get
     need(get("format") == "token-shards", "format", get("format"), "'token-shards'")
     need(get("version") == 1, "version", get("version"), "1")
-    need(get("dtype") in DTYPES, "dtype", get("dtype"), "'uint16' or 'uint32'")
+    need(
+        isinstance(get("dtype"), str) and get("dtype") in DTYPES,
+        "dtype",
+        get("dtype"),
+        "'uint16' or 'uint32'",
+    )
     need(
         _is_int(get("vocab"))
         and 1 <= get("vocab") <= min(2 ** (8 * DTYPES[get("dtype")].itemsize), _LARGEST_VOCAB),

@@ -148,6 +148,8 @@ class Stream:
             raise ValueError(
                 f"steps {start_step} to {stop_step}; they must not be negative nor run backwards"
             )
+        if prefetch < 0:
+            raise ValueError(f"prefetch is {prefetch}; it must be zero or above")
         return Batches(self, start_step, stop_step, prefetch, rows)
 
 
