@@ -182,8 +182,8 @@ def _context(fit, compared, points, answers, manifest, table, commands) -> dict[
     cells = None
     if manifest is not None:
         dropped = manifest["dropped"]
-        if not study_words.staleness(fit, table):
-            cells = list(table["cell"])
+        fitted = study_words.fitted_rows(fit, table)
+        cells = None if fitted is None else list(fitted["cell"])
         context["warnings"] += study_words.study_warnings(fit, table, dropped)
         context["checklist"] += study_words.study_checklist(manifest, table)
         context |= {

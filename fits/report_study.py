@@ -24,6 +24,13 @@ FLOPS_COLUMNS = {
     "flops_6N_nonembedding": "6N_nonembedding",
     "flops_kaplan": "kaplan",
 }
+STATUS_WORDS = {
+    "planned": "did not run yet",
+    "running": "did not end yet",
+    "diverged": "diverged",
+    "failed": "failed",
+    "preempted": "stopped before the end",
+}
 RUN_COLUMNS = {
     "cell": ("cell", None),
     "params": ("N", "count"),
@@ -52,12 +59,13 @@ def final_rows(table: pd.DataFrame) -> pd.DataFrame:
 def study_warnings(fit: Any, table: pd.DataFrame, dropped: Sequence[Mapping]) -> list[str]:
     """What to doubt about the study: cells that did not finish, were never planned, or changed since."""
     final = final_rows(table)
-    out = [stale] if (stale := staleness(fit, table)) else []
+    out = []
+    if fitted_rows(fit, table) is None:
+        out.append("The study's run table has changed since the fit: fit it again before you read on.")
     for status, count in final["status"].value_counts().sort_index().items():
         if status != "finished":
-            out.append(
-                f"{count} of {len(final)} cells of the study {'is' if count == 1 else 'are'} {status}."
-            )
+            words = STATUS_WORDS.get(status, str(status))
+            out.append(f"Of {len(final)} cells of the study, {count} {words}.")
     if dropped:
         few = len(dropped) == 1
         out.append(
@@ -67,21 +75,24 @@ def study_warnings(fit: Any, table: pd.DataFrame, dropped: Sequence[Mapping]) ->
     return out
 
 
-def staleness(fit: Any, table: pd.DataFrame) -> str:
-    """A sentence where the fit was made on another state of the run table, else nothing."""
-    if len(fit.rows) != len(table):
-        return (
-            f"The fit was made on {len(fit.rows)} rows, and the study's table now has {len(table)}: "
-            "fit it again before you read on."
-        )
-    for name, words in {"params": "sizes", "tokens": "tokens", "loss": "losses"}.items():
+def fitted_rows(fit: Any, table: pd.DataFrame) -> pd.DataFrame | None:
+    """The rows of the study's table that were given to the fit, in its order; None where they changed.
+
+    A fit is made on the whole table or on the last row of each cell.
+    """
+    for rows in (table, final_rows(table)):
+        if len(rows) == len(fit.rows) and not _changed(fit, rows):
+            return rows.reset_index(drop=True)
+    return None
+
+
+def _changed(fit: Any, table: pd.DataFrame) -> bool:
+    for name in ("params", "tokens", "loss"):
         then = np.array([np.nan if row[name] is None else row[name] for row in fit.rows], float)
         now = table[name].to_numpy(float)
         if not np.all((np.isnan(then) & np.isnan(now)) | (then == now)):
-            return (
-                f"The column {name} of the study has changed since the fit: fit it again before you read on."
-            )
-    return ""
+            return True
+    return False
 
 
 def dropped_table(dropped: Sequence[Mapping]) -> dict[str, Any]:
@@ -105,7 +116,7 @@ def sizes_table(table: pd.DataFrame) -> dict[str, Any] | None:
         row += [number(one[c], "int") for c in ("params_nonembedding", "params_embedding")]
         for column in columns:
             relative = number(one[column] / one["flops"], "g3")
-            row.append([number(one[column] / one["tokens"], "g4"), "(", relative, ")"])
+            row.append([number(one[column] / one["tokens"], "count"), "(", relative, ")"])
         rows.append(row)
     head = ["N, all", "N, no embeddings", "embeddings"]
     head += ["FLOPs per token: " + CONVENTION_WORDS[FLOPS_COLUMNS[c]] for c in columns]

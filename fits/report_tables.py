@@ -46,7 +46,8 @@ def number(value: Any, form: str = "g5") -> Number | str:
     if form == "int":
         return Number(value, f"{value:,.0f}")
     if form == "percent":
-        return Number(value, f"{100 * value:.2g} %")
+        tiny = abs(value) < 1e-4  # a hundredth of a per cent of compute is nothing
+        return Number(value, f"{100 * value:.2f} %" if tiny else f"{100 * value:.2g} %")
     return Number(value, f"{value:.{int(form[1:])}g}")
 
 

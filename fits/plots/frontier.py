@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from fits.plots.style import (
     BLUE,
     GREEN,
     GREY,
+    INK,
     ORANGE,
     PURPLE,
     label_log_axis,
@@ -21,9 +23,16 @@ from fits.plots.style import (
     scientific,
     short,
     styled,
-)
+)  # fmt: skip
 
-DASHES = ((0, (5, 2)), (0, (5, 2, 1, 2)), (0, (1, 1.5)), "-", (0, (8, 2, 2, 2)), (0, (3, 3)))
+PUBLISHED_LINES = (  # colour, dashes
+    (GREY, (0, (5, 2))),
+    (GREY, (0, (5, 2, 1, 2))),
+    (GREY, (0, (1, 1.5))),
+    (INK, (0, (7, 2))),
+    ("#8c510a", (0, (7, 2))),
+    ("#8c510a", (0, (1, 1.5))),
+)
 BANDS = (("95", 0.025, 0.975, 0.15), ("80", 0.10, 0.90, 0.25))
 
 
@@ -51,8 +60,8 @@ def plot_frontier(
     low, high = _span(frontier, points, allocations, flops_range)
     C = np.geomspace(low, high, 120)
     for ax, symbol in zip(axes, "ND", strict=True):
-        for law, dashes in zip(published, _cycle(len(published)), strict=True):
-            ax.plot(C, getattr(law, symbol)(C), color=GREY, lw=1.0, ls=dashes, label=law.name)
+        for law, (colour, dashes) in zip(published, itertools.cycle(PUBLISHED_LINES), strict=False):
+            ax.plot(C, getattr(law, symbol)(C), color=colour, lw=1.0, ls=dashes, label=law.name)
         if frontier is not None:
             _draw_fit(ax, frontier, symbol)
         for name, marker, colour in (("1", "s", GREEN), ("2", "D", PURPLE)):
@@ -110,7 +119,3 @@ def _span(frontier, points, allocations, flops_range) -> tuple[float, float]:
             "plot_frontier has nothing to draw: give a frontier, points, allocations or flops_range"
         )
     return min(seen) / 1.5, max(seen) * 1.5
-
-
-def _cycle(count: int):
-    return [DASHES[i % len(DASHES)] for i in range(count)]
