@@ -198,7 +198,7 @@ def status(console: Console, study: Path, rows: list[dict]) -> None:
     for column in ("cell", "status", "step", "of", "loss", "time", "note"):
         table.add_column(column, justify="left" if column in ("cell", "status", "note") else "right")
     for r in rows:
-        style = STATUS_STYLE.get(r["status"], "")
+        style = STATUS_STYLE.get(r["status"], "dim")
         note = "" if r["status"] in ("finished", "running", "planned") else str(r["reason"])
         loss = "-" if r["loss"] is None else f"{r['loss']:.4f}"
         row = (r["cell"], f"[{style}]{r['status']}[/]", r["step"], r["steps"], loss, duration(r["seconds"]))

@@ -11,6 +11,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+import numpy as np
+
 from scaling.config import ConfigError, check_keys
 from scaling.flops import ledger
 
@@ -198,3 +200,26 @@ def hparams(recipe: Recipe, params: float, tokens: float, batch_tokens: float) -
 def round4(x: float) -> float:
     """``x`` to 4 significant digits."""
     return float(f"{x:.4g}")
+
+
+class FlopsOfSize:
+    """Training FLOPs of (N, D) along a recipe's shapes, for budgets between and beyond the planned cells.
+
+    The ledger is exact only for a shape; between shapes its FLOPs per token are interpolated
+    linearly in log N, so that the function is smooth enough to optimise over.
+    """
+
+    def __init__(self, recipe: Recipe, model: Mapping, seq: int, convention: str = "exact"):
+        self.label = f"{convention} FLOPs of the study's own shapes (seq {seq})"
+        smallest = _params(recipe, model, math.lcm(recipe.width_multiple, model["head_dim"]), 1, seq)
+        sizes = np.geomspace(smallest, 1e13, 160)
+        shapes = [ledger(shape(recipe, model, n, seq), seq) for n in sizes]
+        points = sorted({s.params_total: s.train_flops_per_token(convention) for s in shapes}.items())
+        self.log_n, self.log_f = np.log(np.array(points, float)).T
+
+    def __call__(self, N, D):
+        """FLOPs, in the broadcast shape of N and D; beyond the shapes, the end slopes go on."""
+        log_n = np.log(np.asarray(N, float))
+        inside = np.interp(log_n, self.log_n, self.log_f)
+        ends = np.where(log_n < self.log_n[0], log_n - self.log_n[0], np.maximum(0, log_n - self.log_n[-1]))
+        return np.exp(inside + ends) * D

@@ -1,0 +1,216 @@
+"""Joins the run table to ``fits``: what the commands fit, allocate and report do."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+import fits
+from scaling.config import ConfigError
+from scaling.files import StudyError, read_json, write_json
+from scaling.flops import ledger
+from scaling.recipe import FlopsOfSize, recipe_from_config, shape
+from scaling.records import collect, read_manifest, read_table
+
+LOSSES = {"huber": "huber", "lad": "lad", "lsq": "least_squares"}
+
+
+@dataclasses.dataclass
+class Fitted:
+    """A fit, and the comparison of approaches where the table allows one."""
+
+    fit: fits.Fit
+    approaches: object | None
+    why_not: str | None
+
+
+def is_study(path: Path) -> bool:
+    return path.is_dir() and (path / "manifest.json").exists()
+
+
+def fit(table: Path, options: dict) -> Fitted:
+    """Fits a law to a study folder or a table file, and compares approaches 1, 2 and 3."""
+    rows = study_rows(table) if is_study(table) else read_table(table)
+    columns = parse_pairs("--map", options["columns"].split(",") if options["columns"] else [])
+    fixed = {k: to_number("--fixed", k, v) for k, v in parse_pairs("--fixed", options["fixed"]).items()}
+    settings = dict(
+        loss=LOSSES[options["loss"]],
+        delta=options["delta"],
+        space=options["space"],
+        bootstraps=options["bootstraps"],
+        cluster=options["cluster"],
+        columns=columns,
+        token_unit=options["token_unit"],
+        param_unit=options["param_unit"],
+        seed=options["seed"],
+        exclude=exclusions(rows),
+    )
+    result = fits.fit_table(rows, options["law"], fixed=fixed, source=str(table), **settings)
+    if set(result.law.variables) != {"N", "D"}:
+        return Fitted(result, None, f"the law {result.law.name} is not in N and D")
+    try:
+        compared = fits.approaches(
+            rows,
+            fit=result,
+            **{k: settings[k] for k in ("columns", "token_unit", "param_unit", "seed", "exclude")},
+        )
+    except fits.FitError as error:
+        return Fitted(result, None, str(error))
+    return Fitted(result, compared, None)
+
+
+def study_rows(study: Path):
+    """The run table of a study."""
+    return collect(study)
+
+
+def exclusions(rows) -> list[str]:
+    """The declared rules for our own tables: only a cell's last evaluation lies at its own D."""
+    return ["final == False"] if "final" in rows.columns else []
+
+
+def parse_pairs(option: str, items) -> dict[str, str]:
+    """``a=b`` items as a dict.
+
+    Raises:
+      ConfigError: an item of another form.
+    """
+    pairs = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not key or not value:
+            raise ConfigError(f"{option} {item!r} must look like name=value")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def to_number(option: str, name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{option} {name}={text!r} must be a number") from None
+
+
+def fit_path(table: Path, out: Path | None, law: str) -> Path:
+    """Where a fit is kept: in its study, or beside its table."""
+    if out is not None:
+        return out
+    return table / "fits" / f"{law}.json" if is_study(table) else table_sibling(table, f".{law}.fit.json")
+
+
+def table_sibling(table: Path, suffix: str) -> Path:
+    """A file in the current folder named after a table elsewhere, so that data folders stay as they are."""
+    return Path(table.stem + suffix)
+
+
+def save_fit(fitted: Fitted, table: Path, out: Path | None, options: dict) -> Path:
+    """Writes the fit file and, beside it, the comparison of approaches."""
+    path = fit_path(table, out, options["law"])
+    fits.write_fit(fitted.fit, path)
+    if fitted.approaches is not None:
+        write_json(path.with_name(path.stem + ".approaches.json"), fitted.approaches.to_dict())
+    write_json(path.with_name(path.stem + ".command.json"), {"fit": command_line()})
+    return path
+
+
+def command_line() -> str:
+    """The command as it was typed, for the reproducibility list."""
+    return " ".join(["scaling", *sys.argv[1:]])
+
+
+def as_json(fitted: Fitted) -> dict:
+    compared = None if fitted.approaches is None else fitted.approaches.to_dict()
+    return {"fit": fitted.fit.to_dict(), "approaches": compared, "approaches_refused": fitted.why_not}
+
+
+def show(console: Console, fitted: Fitted, path: Path) -> None:
+    """Prints the law, its doubts first, then the comparison."""
+    console.print(fitted.fit)
+    if fitted.approaches is not None:
+        console.print(fitted.approaches)
+    else:
+        console.print(f"approaches 1 and 2 not shown: {fitted.why_not}", soft_wrap=True)
+    console.print(f"written to {path}", soft_wrap=True)
+
+
+def find_fit(path: Path) -> Path:
+    """The fit file meant by a study folder or a file.
+
+    Raises:
+      StudyError: there is none yet.
+    """
+    if path.is_file():
+        return path
+    found = [
+        p for p in sorted((path / "fits").glob("*.json")) if p.stem.count(".") == 0 and p.stem != "allocation"
+    ]
+    if not found:
+        raise StudyError(f"{path} has no fit yet; make one with `scaling fit {path}`")
+    chinchilla = path / "fits" / "chinchilla.json"
+    return chinchilla if chinchilla in found else found[0]
+
+
+def study_of(fit_file: Path) -> Path | None:
+    """The study folder that a fit file lies in, if any."""
+    folder = fit_file.absolute().parent.parent
+    return folder if is_study(folder) else None
+
+
+def cost_and_shape(study: Path | None):
+    """The study's own FLOP function and shape rule, or None and None for a foreign table."""
+    if study is None:
+        return None, None
+    manifest = read_manifest(study)
+    config = manifest["config"]
+    recipe = recipe_from_config(config["recipe"])
+    model = {"vocab": manifest["data"]["vocab"], **config["model"]}
+    seq = manifest["cells"][0]["config"]["data"]["seq"]
+
+    def buildable(params: float) -> dict:
+        built = shape(recipe, model, params, seq)
+        return {**built, "params": ledger(built, seq).params_total}
+
+    return FlopsOfSize(recipe, model, seq, manifest["flops_convention"]), buildable
+
+
+def allocate(path: Path, budget: float, within: float, out: Path | None) -> fits.Allocation:
+    """Allocates a budget and keeps the answer beside the fit."""
+    file = find_fit(path)
+    study = study_of(file)
+    flops, buildable = cost_and_shape(study)
+    answer = fits.allocate(fits.read_fit(file), budget, flops=flops, within=within, shape=buildable)
+    target = out or (study / "fits" / "allocation.json" if study else None)
+    if target is not None:
+        write_json(target, {**answer.to_dict(), "command": command_line()})
+    return answer
+
+
+def report(path: Path, out: Path | None, budget: float | None) -> Path:
+    """Writes the report of a fitted study or of a fit file."""
+    from fits.report import write_report
+
+    file = find_fit(path)
+    study = study_of(file)
+    flops, buildable = cost_and_shape(study)
+    kept = file.parent / "allocation.json"
+    fitted = fits.read_fit(file)
+    answer = None
+    if budget is not None:
+        answer = fits.allocate(fitted, budget, flops=flops, shape=buildable).to_dict()
+    elif study is not None and kept.exists():
+        answer = read_json(kept)
+    compared = file.with_name(file.stem + ".approaches.json")
+    commands = [read_json(p)["fit"] for p in [file.with_name(file.stem + ".command.json")] if p.exists()]
+    commands += [answer["command"]] if answer and "command" in answer else []
+    return write_report(
+        study,
+        fitted,
+        allocation=answer,
+        approaches=read_json(compared) if compared.exists() else None,
+        out=out or (study / "report.html" if study else Path(file.stem + ".report.html")),
+        flops=flops,
+        commands=[*commands, command_line()],
+    )
