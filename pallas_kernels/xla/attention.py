@@ -18,7 +18,8 @@ def dot_product_attention(
     G = N // K
     dtype = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     q_BTKGH = q_BTNH.reshape(B, T, K, G, H)
-    logits = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=dtype) * scale
+    # [B, K, T, G, S] is the order in which the matmul leaves its output: no copy to transpose it.
+    logits = jnp.einsum("btkgh,bskh->bktgs", q_BTKGH, k_BSKH, preferred_element_type=dtype) * scale
     if logits_soft_cap is not None:
         logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
     if bias is not None:
@@ -27,20 +28,41 @@ def dot_product_attention(
         T, S, mask=mask, is_causal=is_causal, window=window,
         q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids,
     )  # fmt: skip
-    if allowed is not None:
-        # Finite, so that a row with no key gives no NaN, in the value or in the gradient.
-        logits = jnp.where(_group_heads(allowed, K, G), logits, 0.7 * jnp.finfo(dtype).min)
-    probs = jax.nn.softmax(logits, axis=-1).astype(v_BSKH.dtype)
-    out_BTNH = jnp.einsum("bkgts,bskh->btkgh", probs, v_BSKH).reshape(B, T, N, H)
-    # A query always sees itself when its own key is among the keys and only these rules apply.
+    # Each query sees itself, whatever the window and its segment, where its own key is among the keys.
     sees_itself = T <= S and mask is None and q_segment_ids is kv_segment_ids
-    if allowed is None or sees_itself:
-        return out_BTNH
-    sees_a_key = jnp.any(allowed, axis=-1).swapaxes(1, 2)[..., None]
-    return jnp.where(sees_a_key, out_BTNH, 0)
+    if allowed is None:
+        probs = _softmax(logits)
+    elif sees_itself:
+        probs = _softmax(_masked(logits, _group_heads(allowed, K, G)))
+    else:
+        allowed = _group_heads(allowed, K, G)
+        probs = jnp.where(allowed, _softmax(_masked(logits, allowed)), 0)
+    return jnp.einsum("bktgs,bskh->btkgh", probs.astype(v_BSKH.dtype), v_BSKH).reshape(B, T, N, H)
 
 
 def _group_heads(x_BNTS, K, G):
-    """[B, N, T, S] to [B, K, G, T, S]; a head axis of one stays one."""
+    """[B, N, T, S] to [B, K, T, G, S]; a head axis of one stays one."""
     B, N, T, S = x_BNTS.shape
-    return x_BNTS.reshape((B, 1, 1, T, S) if N == 1 else (B, K, G, T, S))
+    return x_BNTS.reshape((B, 1, 1, T, S) if N == 1 else (B, K, G, T, S)).swapaxes(2, 3)
+
+
+def _masked(logits, allowed):
+    # Finite, so that a row with nothing allowed has no NaN in its value or its gradient.
+    return jnp.where(allowed, logits, 0.7 * jnp.finfo(logits.dtype).min)
+
+
+@jax.custom_jvp
+def _softmax(logits):
+    """Softmax over the last axis.
+
+    Its own derivative rule keeps one array for the backward pass, the probabilities;
+    differentiating ``jax.nn.softmax`` keeps the logits and their exponentials besides.
+    """
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    return weights * (1 / jnp.sum(weights, axis=-1, keepdims=True))
+
+
+@_softmax.defjvp
+def _softmax_jvp(primals, tangents):
+    probs = _softmax(*primals)
+    return probs, probs * (tangents[0] - jnp.sum(probs * tangents[0], axis=-1, keepdims=True))
