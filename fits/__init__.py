@@ -1,22 +1,27 @@
 """From a run table to laws, intervals and allocations. Needs neither flax nor an accelerator."""
 
 from fits.errors import FitError
-from fits.fit import Fit, fit_table
+from fits.estimate import fit_table
+from fits.fit import Fit
 from fits.fitfile import read_fit, write_fit
 from fits.laws import Law, PowerSum, Term, get_law, law_names
 from fits.table import read_table
 
 # last, because the functions take the names of their modules
 from fits.allocate import Allocation, allocate  # isort: skip
+from fits.approaches import Approach, Comparison, approaches  # isort: skip
 
 __all__ = [
     "Allocation",
+    "Approach",
+    "Comparison",
     "Fit",
     "FitError",
     "Law",
     "PowerSum",
     "Term",
     "allocate",
+    "approaches",
     "fit_table",
     "get_law",
     "law_names",

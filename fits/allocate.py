@@ -62,14 +62,21 @@ class Allocation:
                 text += f" 80 %: {l80:.4g} to {h80:.4g}; 95 %: {l95:.4g} to {h95:.4g}"
             lines.append(text)
         low, high = self.band["N"]
-        ends = f"{'below the searched range' if low is None else f'{low:.3g}'} to {'above it' if high is None else f'{high:.3g}'}"
-        lines.append(f"  N within {100 * self.band['within']:g} % of the compute: {ends}")
+        ends = ["no end found" if end is None else f"{end:.3g}" for end in (low, high)]
+        lines.append(
+            f"  same loss within {100 * self.band['within']:g} % of the compute: N {ends[0]} to {ends[1]}"
+        )
         lines.append("  " + self.extrapolation["text"])
         if self.buildable:
             b = self.buildable
             lines.append(f"  buildable: N {b['N']:.5g}, D {b['D']:.5g}, loss {b['loss']:.5g}, "
                          f"{100 * b['extra_compute']:.2g} % more compute than the optimum")  # fmt: skip
         return "\n".join(lines)
+
+    def __rich__(self):
+        from rich.text import Text
+
+        return Text(str(self))
 
 
 def six_nd(N, D):
@@ -230,7 +237,7 @@ def allocate(
     point = {k: float(np.squeeze(v)) for k, v in optimum(fit.law, fit.params, budget, flops).items()}
     if not all(math.isfinite(v) and v > 0 for v in point.values()):
         raise FitError(
-            f"the law {fit.law.name} as fitted has no optimal N at {budget:.3g} FLOPs; its status is {fit.status}"
+            f"the law {fit.law.name} as fitted has no optimal N at {budget:.3g} FLOPs (status {fit.status})"
         )
     point["tokens_per_param"] = point["D"] / point["N"]
     draws = {k: np.empty(0) for k in point}
@@ -245,8 +252,9 @@ def allocate(
     flags = [f for f in fit.flags if f["code"] in ("boundary", "uncertain", "no_intervals")]
     extrapolation = _extrapolation(fit, budget, point["N"], point["D"])
     if extrapolation["budget_ratio"] > 100:
-        flags.append({"code": "far_extrapolation", "text": f"the budget is {extrapolation['budget_ratio']:.3g} times the "
-                      "largest in the table; the intervals assume that the law's form still holds there"})  # fmt: skip
+        far = f"the budget is {extrapolation['budget_ratio']:.3g} times the largest in the table"
+        text = far + "; the intervals assume that the law's form still holds there"
+        flags.append({"code": "far_extrapolation", "text": text})
     return Allocation(
         budget, point["N"], point["D"], point["loss"], point["tokens_per_param"],
         {k: interval(draws[k], v) for k, v in point.items()},

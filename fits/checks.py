@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fits.laws import Law
 from fits.solve import PointFit
-from fits.table import Table, group_close
+from fits.table import BUDGET_WIDTH, Table, group_close
 
 if TYPE_CHECKING:
     from fits.fit import Fit
@@ -19,15 +20,20 @@ FEW_FREEDOM = 5
 FEW_CLUSTERS = 10  # a resample of fewer often holds too few different sizes to fit
 WIDE_EXPONENT = 0.5  # standard deviation of an exponent over its estimate
 FAILED_SHARE = 0.01
-BUDGET_TOLERANCE = 0.10  # FLOPs of one planned budget differ by rounding of steps and shapes
+BOUND_SHARE = 0.05
+ROUNDING = 1e-9  # log residuals below this are rounding, not noise
 
 
 def flag(code: str, text: str) -> dict[str, str]:
+    """A flag: a word for programs and a sentence for people."""
     return {"code": code, "text": text}
 
 
-def structure(law: Law, table: Table) -> list[str]:
-    """Why these rows cannot determine the law, whatever their losses; empty where they may."""
+def structure(law: Law, table: Table, fixed: Mapping[str, float]) -> list[str]:
+    """Why these rows cannot determine the law, whatever their losses; empty where they may.
+
+    With parameters pinned only the count of points is tested; the solver's rank test does the rest.
+    """
     x = table.log_x()
     reasons = []
     words = {
@@ -36,106 +42,92 @@ def structure(law: Law, table: Table) -> list[str]:
         "C": "all runs are at one budget",
     }
     needed = list(law.variables) + (["C"] if {"N", "D"} <= set(law.variables) else [])
+    needed = [] if fixed else needed
     for variable in needed:
         column = {"N": table.params, "D": table.tokens, "C": table.flops}[variable]
-        tolerance = BUDGET_TOLERANCE if variable == "C" else 0.01
-        if np.ptp(x[variable]) <= np.log1p(tolerance):
+        width = BUDGET_WIDTH if variable == "C" else 0.01
+        if np.ptp(x[variable]) <= np.log1p(width):
             reasons.append(f"{words[variable]} (from {column.min():.4g} to {column.max():.4g})")
     points = len({tuple(float(x[v][i]) for v in law.variables) for i in range(len(table))})
-    if points <= len(law.parameters):
-        reasons.append(
-            f"{points} different points for {len(law.parameters)} parameters leave nothing to check the fit by"
-        )
+    free = len(law.parameters) - len(fixed)
+    if points <= free:
+        reasons.append(f"{points} different points for {free} parameters leave nothing to check the fit by")
     return reasons
 
 
 def row_flags(table: Table, residual_R: np.ndarray) -> list[list[str]]:
-    """Flags of each used row: starved, outlier, upturn (a longer run at that size with a higher loss)."""
+    """Flags of each used row: starved, outlier, upturn (a longer run of its size with a higher loss)."""
     flags: list[list[str]] = [[] for _ in range(len(table))]
-    spread = 1.4826 * float(np.median(np.abs(residual_R - np.median(residual_R))))
     for i in np.flatnonzero(table.tokens < STARVED * table.params):
         flags[i].append(f"starved: {table.tokens[i] / table.params[i]:.2g} tokens a parameter")
-    if spread > 0:
-        for i in np.flatnonzero(np.abs(residual_R - np.median(residual_R)) > OUTLIER * spread):
-            flags[i].append(
-                f"outlier: residual {residual_R[i]:+.3g}, {abs(residual_R[i]) / spread:.1f} robust deviations"
-            )
-    if np.isfinite(table.params).all() and np.isfinite(table.tokens).all():
-        groups = group_close(table.params)
-        for g in np.unique(groups):
-            rows = np.flatnonzero(groups == g)
-            rows = rows[np.argsort(table.tokens[rows], kind="stable")]
-            lowest = np.minimum.accumulate(table.loss[rows])
-            for k in range(1, len(rows)):
-                longer = table.tokens[rows[k]] > table.tokens[rows[k - 1]]
-                if longer and table.loss[rows[k]] > lowest[k - 1]:
-                    flags[rows[k]].append("upturn: more tokens at this size, yet a higher loss")
-    if "interpolated" in table.extra:
-        for i, value in enumerate(table.extra["interpolated"]):
-            if str(value).lower() in ("1", "1.0", "true"):
-                flags[i].append("interpolated: not a measured run")
+    off = residual_R - np.median(residual_R)
+    spread = max(1.4826 * float(np.median(np.abs(off))), ROUNDING)
+    for i in np.flatnonzero(np.abs(off) > OUTLIER * spread):
+        flags[i].append(
+            f"outlier: residual {residual_R[i]:+.3g}, {abs(off[i]) / spread:.1f} robust deviations"
+        )
+    for i in _upturns(table):
+        flags[i].append("upturn: more tokens at this size, yet a higher loss")
+    for i, value in enumerate(table.extra.get("interpolated", [])):
+        if str(value).lower() in ("1", "1.0", "true"):
+            flags[i].append("interpolated: not a measured run")
     return flags
 
 
+def _upturns(table: Table) -> list[int]:
+    """Rows whose loss is above that of a run of the same size on fewer tokens."""
+    if not (np.isfinite(table.params).all() and np.isfinite(table.tokens).all()):
+        return []
+    groups, out = group_close(table.params), []
+    for i in range(len(table)):
+        shorter = (groups == groups[i]) & (table.tokens < table.tokens[i])
+        if shorter.any() and table.loss[i] > table.loss[shorter].min():
+            out.append(i)
+    return out
+
+
 def fit_flags(
-    law: Law, table: Table, point: PointFit, cluster: str, dependence: dict, draws: dict[str, Any], flags_R
+    law: Law,
+    table: Table,
+    point: PointFit,
+    cluster: str,
+    dependence: Mapping,
+    converged_B: np.ndarray,
+    bound_share: float,
+    deviations: Mapping[str, float | None],
+    flags_R: Sequence[Sequence[str]],
 ) -> list[dict[str, str]]:
-    """Flags of the fit, the gravest first."""
+    """Flags of the fit, the gravest first.
+
+    Args:
+      dependence: from ``uncertainty.intraclass``. converged_B: per resample; empty without a bootstrap.
+      bound_share: share of resamples that ended at a bound. deviations: standard deviation by quantity.
+      flags_R: from ``row_flags``.
+    """
     out = []
-    names = ", ".join(point.at_bound)
-    if point.at_bound:
-        floor = (
-            f"; with {law.offset} at zero the law has no floor in these rows"
-            if law.offset in point.at_bound
-            else ""
-        )
+    if point.status in ("not identified", "unconverged"):
         out.append(
-            flag("boundary", f"{names} ended at a bound{floor}: take exponents and extrapolations as a guess")
+            flag(point.status.replace(" ", "_"), f"the law is {point.status}: {'; '.join(point.reasons)}")
         )
+    if point.at_bound:
+        text = f"{', '.join(point.at_bound)} ended at a bound"
+        if law.offset in point.at_bound:
+            text += f"; with {law.offset} at its lowest the rows show no floor"
+        out.append(flag("boundary", text + ": take exponents and extrapolations as a guess"))
     free = len(table) - len(law.parameters)
     if free < FEW_FREEDOM:
         out.append(
             flag(
                 "few_rows",
-                f"{len(table)} rows for {len(law.parameters)} parameters leave {free} degrees of freedom",
+                f"{len(table)} rows for {len(law.parameters)} parameters: {free} degrees of freedom",
             )
         )
-    if len(draws["converged"]):
-        failed = 1.0 - float(np.mean(draws["converged"]))
-        if failed > FAILED_SHARE:
-            out.append(
-                flag(
-                    "failed_resamples",
-                    f"{100 * failed:.2g} % of the resamples had no fit; the intervals leave them out",
-                )
-            )
-        for name in law.parameters:
-            if name.startswith(("alpha", "beta", "gamma")) and draws["sd"].get(name):
-                if draws["sd"][name] > WIDE_EXPONENT * abs(point.params[name]):
-                    out.append(flag("uncertain", f"{name} is {point.params[name]:.3g} with a standard deviation of "
-                                    f"{draws['sd'][name]:.2g}; more or wider-spread runs are needed"))  # fmt: skip
-    else:
-        out.append(flag("no_intervals", "no bootstrap was run, so nothing has an interval"))
-    repeated = len(table) - dependence["clusters"]
-    if cluster == "row":
-        sizes = len(np.unique(group_close(table.params))) if np.isfinite(table.params).all() else len(table)
-        if sizes < len(table):
-            out.append(flag("correlated_rows", f"{len(table)} rows have only {sizes} different sizes, but rows are resampled "
-                            "one by one; runs of one size err together, so intervals may be too narrow"))  # fmt: skip
-    elif repeated:
-        out.append(flag("clustered", f"{len(table)} rows form {dependence['clusters']} clusters by {cluster} (residual correlation "
-                        f"{dependence['icc']:.2f}); whole clusters are resampled, worth about "
-                        f"{dependence['effective_rows']:.0f} independent rows"))  # fmt: skip
-        if dependence["clusters"] < FEW_CLUSTERS:
-            out.append(
-                flag(
-                    "few_clusters", f"only {dependence['clusters']} clusters: intervals from so few are rough"
-                )
-            )
+    out += _bootstrap_flags(law, point, converged_B, bound_share, deviations)
+    out += _cluster_flags(table, cluster, dependence)
     for word, text in (
         ("starved", f"rows have fewer than {STARVED:g} token a parameter and may bend the fit"),
         ("outlier", f"rows lie more than {OUTLIER:g} robust deviations off the surface"),
-        ("upturn", "rows have a higher loss than a shorter run of their size"),
+        ("upturn", "rows have a higher loss than a run of their size on fewer tokens"),
         ("interpolated", "rows are interpolated, not measured"),
     ):
         count = sum(any(f.startswith(word) for f in row) for row in flags_R)
@@ -144,14 +136,56 @@ def fit_flags(
     return out
 
 
+def _bootstrap_flags(law: Law, point: PointFit, converged_B, bound_share: float, deviations) -> list[dict]:
+    if not len(converged_B):
+        return [flag("no_intervals", "no bootstrap was run, so nothing has an interval")]
+    out = []
+    failed = 1.0 - float(np.mean(converged_B))
+    if failed > FAILED_SHARE:
+        text = f"{100 * failed:.2g} % of the resamples had no fit; the intervals leave them out"
+        out.append(flag("failed_resamples", text))
+    if bound_share > BOUND_SHARE and not point.at_bound:
+        text = (
+            f"{100 * bound_share:.2g} % of the resamples end at a bound of a parameter; intervals are rough"
+        )
+        out.append(flag("resamples_at_bound", text))
+    for name in law.parameters:
+        wide = deviations.get(name) or 0.0
+        if name.startswith(("alpha", "beta", "gamma")) and wide > WIDE_EXPONENT * abs(point.params[name]):
+            text = f"{name} is {point.params[name]:.3g} with a standard deviation of {wide:.2g}"
+            out.append(flag("uncertain", text + "; more or wider-spread runs are needed"))
+    return out
+
+
+def _cluster_flags(table: Table, cluster: str, dependence: Mapping) -> list[dict]:
+    groups, n = int(dependence["clusters"]), len(table)
+    if cluster == "row":
+        sizes = len(np.unique(group_close(table.params))) if np.isfinite(table.params).all() else n
+        text = f"{n} rows have only {sizes} sizes, but are resampled one by one"
+        text += "; runs of one size err together, so the intervals may be too narrow"
+        return [flag("correlated_rows", text)] if sizes < n else []
+    out = []
+    if groups < n:
+        text = (
+            f"{n} rows form {groups} clusters by {cluster} (residual correlation {dependence['icc']:.2f}); "
+        )
+        text += (
+            f"whole clusters are resampled, worth about {dependence['effective_rows']:.0f} independent rows"
+        )
+        out.append(flag("clustered", text))
+    if groups < FEW_CLUSTERS:
+        out.insert(0, flag("few_clusters", f"only {groups} clusters: intervals from so few are rough"))
+    return out
+
+
 def sensitivity_flags(fit: Fit) -> list[dict[str, str]]:
-    """Flags where one choice (delta, a budget, a size) moves the exponent a by more than its own deviation."""
+    """Flags where one choice (delta, a budget) moves the exponent a by two of its standard deviations."""
     got = fit.intervals.get("a")
     if not got or not got["sd"]:
         return []
     out = []
     for row in fit.sensitivity:
-        if row.get("a") is not None and abs(row["a"] - got["estimate"]) > 2 * got["sd"]:
-            out.append(flag("sensitive", f"{row['what']} moves a from {got['estimate']:.3f} to {row['a']:.3f}, "
-                            f"more than two of its standard deviations ({got['sd']:.3f})"))  # fmt: skip
+        if row["a"] is not None and abs(row["a"] - got["estimate"]) > 2 * got["sd"]:
+            text = f"{row['what']}: a moves from {got['estimate']:.3f} to {row['a']:.3f}, "
+            out.append(flag("sensitive", text + f"over two of its standard deviations ({got['sd']:.3f})"))
     return out

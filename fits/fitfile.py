@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import pathlib
 import tempfile
@@ -17,11 +18,15 @@ from fits.fit import Fit
 from fits.laws import LAWS, Law
 
 SCHEMA = 1
+PLAIN = (
+    "params", "status", "reasons", "flags", "intervals", "objective", "fixed", "method", "diagnostics",
+    "sensitivity", "rows", "data", "versions",
+)  # fmt: skip
 ENCODING = "base64, little-endian float64, row-major"
 
 
 def to_dict(fit: Fit) -> dict:
-    """The fit as plain JSON values."""
+    """The fit as plain JSON values; a number that is not finite becomes null."""
     names = list(fit.law.parameters)
     return {
         "schema": SCHEMA, "kind": "fit",
@@ -29,15 +34,23 @@ def to_dict(fit: Fit) -> dict:
             "name": fit.law.name, "formula": fit.law.formula, "source": fit.law.source, "parameters": names,
             "variables": list(fit.law.variables),
         },
-        "status": fit.status, "reasons": fit.reasons, "flags": fit.flags, "params": fit.params, "fixed": fit.fixed,
-        "intervals": fit.intervals, "covariance": {"names": names, "matrix": fit.covariance},
+        "covariance": {"names": names, "matrix": fit.covariance},
         "draws": {
             "names": names, "count": len(fit.draws), "encoding": ENCODING,
             "data": base64.b64encode(np.ascontiguousarray(fit.draws, "<f8").tobytes()).decode(),
         },
-        "objective": fit.objective, "method": fit.method, "diagnostics": fit.diagnostics,
-        "sensitivity": fit.sensitivity, "rows": fit.rows, "data": fit.data, "versions": fit.versions,
+        **{k: _plain(getattr(fit, k)) for k in PLAIN},
     }  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def from_dict(data: Mapping[str, Any], law: Law | None = None) -> Fit:
@@ -59,15 +72,15 @@ def from_dict(data: Mapping[str, Any], law: Law | None = None) -> Fit:
             )
         if list(law.parameters) != list(data["law"]["parameters"]):
             raise FitError(
-                f"the fit file's law {name!r} has parameters {data['law']['parameters']}, not {list(law.parameters)}"
+                f"the fit file's {name!r} has parameters {data['law']['parameters']}, "
+                f"the library's has {list(law.parameters)}"
             )
         packed = data["draws"]
         draws = np.frombuffer(base64.b64decode(packed["data"], validate=True), "<f8").astype(np.float64)
         draws = draws.reshape(packed["count"], len(packed["names"]))
         return Fit(
             law=law, draws=draws, covariance=data["covariance"]["matrix"],
-            **{k: data[k] for k in ("params", "status", "reasons", "flags", "intervals", "objective", "fixed", "method",
-                                    "diagnostics", "sensitivity", "rows", "data", "versions")},
+            **{k: data[k] for k in PLAIN},
         )  # fmt: skip
     except FitError:
         raise

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class Law:
     offset: str | None = "E"  # the parameter that the loss approaches when every variable grows
 
     def predict(self, params: Mapping[str, Any], x: Mapping[str, Any], xp=np):
-        """The loss; ``params`` and ``x`` hold scalars or arrays that broadcast, ``xp`` is numpy or jax.numpy."""
+        """The loss; ``params`` and ``x`` hold what broadcasts, ``xp`` is numpy or jax.numpy."""
         raise NotImplementedError
 
     def starts(self, x: Mapping[str, np.ndarray], y: np.ndarray) -> list[dict[str, float]]:
@@ -55,7 +55,7 @@ class Law:
         return self.bounds.get(name, (-math.inf, math.inf))[0] >= 0
 
     def compute_exponents(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """``{"a", "b"}`` of N* ~ C^a and D* ~ C^b under C = 6ND, or ``{}`` where the law has no such powers."""
+        """``{"a", "b"}`` of N* ~ C^a and D* ~ C^b under C = 6ND; ``{}`` where the law has no such powers."""
         return {}
 
     def optimum(self, params: Mapping[str, Any], budget: Any) -> dict[str, Any] | None:
@@ -144,7 +144,9 @@ class Kaplan(Law):
     formula = "L = ((Nc / N)^(alphaN / alphaD) + Dc / D)^alphaD"
     source = "Kaplan et al. 2020, eq. 1.5 (arXiv:2001.08361)"
     parameters = ("Nc", "Dc", "alphaN", "alphaD")
-    bounds = {"Nc": (0.0, math.inf), "Dc": (0.0, math.inf), "alphaN": (1e-3, 10.0), "alphaD": (1e-3, 10.0)}
+    bounds: ClassVar = {"Nc": (0.0, math.inf), "Dc": (0.0, math.inf)} | dict.fromkeys(
+        ("alphaN", "alphaD"), EXPONENT_BOUNDS
+    )
     offset = None
 
     def predict(self, params, x, xp=np):

@@ -176,8 +176,8 @@ class PowerSumProblem(Problem):
             shifted = z and term.coefficient not in self.fixed
             if shifted and (low[i], high[i]) not in ((0.0, math.inf), (-math.inf, math.inf)):
                 raise FitError(
-                    f"bounds of {term.coefficient} are ({low[i]:g}, {high[i]:g}); a coefficient of a power term "
-                    "can be bounded by zero only (0, None), or fixed"
+                    f"bounds of {term.coefficient} are ({low[i]:g}, {high[i]:g}); the coefficient of a power "
+                    "can be bounded by zero only, (0, None), or fixed"
                 )
         for name, value in self.fixed.items():
             low[self.law.parameters.index(name)] = high[self.law.parameters.index(name)] = value
@@ -185,7 +185,7 @@ class PowerSumProblem(Problem):
 
     def to_params(self, p_BxK):
         out = {n: p_BxK[:, i].copy() for i, n in enumerate(self.law.parameters)}
-        for i, (term, shift) in enumerate(zip(self.law.terms, self.shift_term_exp, strict=True)):
+        for term, shift in zip(self.law.terms, self.shift_term_exp, strict=True):
             for at, mean in shift.items():
                 with np.errstate(over="ignore"):  # a far start may overflow; it then loses to the others
                     out[term.coefficient] = out[term.coefficient] * np.exp(p_BxK[:, at] * mean)
@@ -271,66 +271,77 @@ class AutodiffProblem(Problem):
         if bounds:
             raise FitError(f"bounds cannot be given for {law.name}; fix a parameter instead, or edit the law")
         self.lower_K, self.upper_K = np.full(K, -np.inf), np.full(K, np.inf)
-        own = law.to_solver is not Law.to_solver and type(law).to_solver is not Law.to_solver
-        if self.fixed and own:
-            # a law with coordinates of its own mixes parameters in them; pinning needs one each
-            self._coordinates = functools.partial(Law.to_solver, law), functools.partial(Law.from_solver, law)
-        else:
-            self._coordinates = law.to_solver, law.from_solver
+        # coordinates of a law's own may mix parameters; to pin one, each needs a coordinate
+        self._plain = bool(self.fixed)
+        self._to_solver, self._from_solver = _coordinates(law, self._plain)
         for name, value in self.fixed.items():
             at = law.parameters.index(name)
             self.lower_K[at] = self.upper_K[at] = np.log(value) if law._positive(name) else value
 
     def to_params(self, p_BxK):
-        params = self._coordinates[1](list(np.asarray(p_BxK).T), self.centre)
+        params = self._from_solver(list(np.asarray(p_BxK).T), self.centre)
         return {k: np.asarray(v, float) for k, v in params.items()}
 
     def from_params(self, params):
         arrays = np.broadcast_arrays(*(np.atleast_1d(params[n]) for n in self.law.parameters))
-        p = self._coordinates[0](dict(zip(self.law.parameters, arrays, strict=True)), self.centre)
+        p = self._to_solver(dict(zip(self.law.parameters, arrays, strict=True)), self.centre)
         return np.stack([np.asarray(v, float) for v in p], 1)
-
-    @functools.cached_property
-    def _compiled(self):
-        import jax
-        import jax.numpy as jnp
-
-        def one(p_K, weights_R, log_x, target_R, row_loss):
-            def fitted(q_K):
-                params = self._coordinates[1](list(q_K), self.centre, jnp)
-                predicted = self.law.predict(params, {v: jnp.exp(z) for v, z in log_x.items()}, jnp)
-                predicted = jnp.broadcast_to(predicted, target_R.shape)
-                return jnp.log(predicted) if self.space == "log" else predicted
-
-            J_RxK = jax.jacfwd(fitted)(p_K)
-            residual = fitted(p_K) - target_R
-            first, second, robust = (weights_R * d for d in row_loss.derivatives(residual, jnp))
-            curvature = jax.hessian(lambda q_K: first @ fitted(q_K))(p_K)
-            value = (weights_R * row_loss.value(residual, jnp)).sum()
-            hessian = (J_RxK * second[:, None]).T @ J_RxK + curvature
-            return value, first @ J_RxK, hessian, (J_RxK * robust[:, None]).T @ J_RxK
-
-        return jax.jit(
-            lambda p, w, log_x, target, name, delta: jax.vmap(
-                lambda p_K, w_R: one(p_K, w_R, log_x, target, RowLoss(name, delta))
-            )(p, w),
-            static_argnames="name",
-        )
 
     def evaluate(self, p_BxK, weights_BxR, row_loss):
         import jax
 
-        B = len(p_BxK)
-        padded = 1 << max(B - 1, 7).bit_length()  # few distinct shapes, so few compilations
-        lanes = np.minimum(np.arange(padded), B - 1)
+        B, R = len(p_BxK), len(self.y_R)
+        lanes = np.minimum(np.arange(_padded(B, 8)), B - 1)  # few distinct shapes, so few compilations
+        rows = np.minimum(np.arange(_padded(R, 64)), R - 1)
+        weights = np.where(np.arange(len(rows)) < R, np.asarray(weights_BxR, float)[lanes][:, rows], 0.0)
+        compiled = _compiled(self.law, self.space, self._plain, row_loss.name)
         with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-            out = self._compiled(
-                p_BxK[lanes], np.asarray(weights_BxR, float)[lanes], self.log_x, self.target_R, row_loss.name,
-                float(row_loss.delta),
+            out = compiled(
+                p_BxK[lanes], weights, {v: z[rows] for v, z in self.log_x.items()}, self.target_R[rows],
+                self.centre, float(row_loss.delta),
             )  # fmt: skip
             value, gradient, hessian, majoriser = (np.array(a, np.float64)[:B] for a in out)
         good = np.isfinite(value) & np.isfinite(gradient).all(1) & np.isfinite(hessian).all((1, 2))
         return Evaluation(np.where(good, value, np.inf), gradient, hessian, majoriser)
+
+
+def _padded(n: int, least: int) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def _coordinates(law: Law, plain: bool):
+    """``to_solver`` and ``from_solver``: the law's own, or plain ones with one parameter in each."""
+    if plain:
+        return functools.partial(Law.to_solver, law), functools.partial(Law.from_solver, law)
+    return law.to_solver, law.from_solver
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(law: Law, space: str, plain: bool, loss: str):
+    """Value, gradient, Hessian and majoriser of many lanes, jitted; shared by every table of that law."""
+    import jax
+    import jax.numpy as jnp
+
+    from_solver = _coordinates(law, plain)[1]
+
+    def one_lane(p_K, weights_R, log_x, target_R, centre, delta):
+        row_loss = RowLoss(loss, delta)
+
+        def fitted(q_K):
+            params = from_solver(list(q_K), centre, jnp)
+            predicted = law.predict(params, {v: jnp.exp(z) for v, z in log_x.items()}, jnp)
+            predicted = jnp.broadcast_to(predicted, target_R.shape)
+            return jnp.log(predicted) if space == "log" else predicted
+
+        J_RxK = jax.jacfwd(fitted)(p_K)
+        residual = fitted(p_K) - target_R
+        first, second, robust = (weights_R * d for d in row_loss.derivatives(residual, jnp))
+        curvature = jax.hessian(lambda q_K: first @ fitted(q_K))(p_K)
+        value = (weights_R * row_loss.value(residual, jnp)).sum()
+        hessian = (J_RxK * second[:, None]).T @ J_RxK + curvature
+        return value, first @ J_RxK, hessian, (J_RxK * robust[:, None]).T @ J_RxK
+
+    return jax.jit(jax.vmap(one_lane, in_axes=(0, 0, None, None, None, None)))
 
 
 def make_problem(law: Law, x, y, space: str = "log", fixed=None, bounds=None) -> Problem:

@@ -113,6 +113,7 @@ def newton(problem: Problem, p_BxK: np.ndarray, weights_BxR: np.ndarray, row_los
     at = problem.evaluate(p, weights_BxR, row_loss)
     damping, decrement = np.full(B, 1e-2), np.full(B, np.inf)
     converged, held_all = np.zeros(B, bool), np.zeros((B, K), bool)
+    small_count = np.zeros(B, int)
     # the objective that rounding alone leaves on a perfect fit
     unit = 4.0 * np.finfo(float).eps * max(1.0, float(np.abs(problem.target_R).max()))
     floor = weights_BxR.sum(1) * row_loss.value(np.array(unit))
@@ -127,24 +128,24 @@ def newton(problem: Problem, p_BxK: np.ndarray, weights_BxR: np.ndarray, row_los
         step = step * np.minimum(1.0, 0.5 / np.maximum(limit, 1e-300))[:, None]
         trial_p = np.clip(p[live] + np.where(good[:, None], step, 0.0), problem.lower_K, problem.upper_K)
         trial = problem.evaluate(trial_p, weights_BxR[live], row_loss)
-        noise = 1e-14 * here.value_B + floor[live]
-        better = good & (trial.value_B <= here.value_B + np.where(promised <= noise * 10, noise, 0.0))
+        # below this much the objective cannot tell a better point from rounding
+        noise = DECREMENT * here.value_B + floor[live]
+        small = good & (promised <= noise)
+        better = good & (trial.value_B <= here.value_B + np.where(small, noise, 0.0))
         took = live[better]
         p[took] = trial_p[better]
         at.put(took, Evaluation(*(getattr(trial, f.name)[better] for f in dataclasses.fields(trial))))
         held_all[live] = held
-        undamped = damping[live] <= 1e-6
         decrement[live] = np.where(good, promised, np.inf)
-        done = better & undamped & (promised <= DECREMENT * here.value_B + floor[live])
+        converged[live] = small & (damping[live] == 0.0)
+        small_count[live] += small
         gain = (here.value_B - trial.value_B) / np.maximum(promised, 1e-300)
-        shrink = np.where(gain > 0.5, 0.1, 1.0)
-        damping[live] = np.where(better, damping[live] * shrink, np.maximum(damping[live], 1e-8) * 8.0)
-        damping[live] = np.where(
-            (damping[live] <= 1e-6) | (better & (promised <= noise * 10)), 0.0, damping[live]
-        )
-        converged[live[done]] = True
-        stuck = damping[live] > 1e12
-        live = live[~done & ~stuck]
+        calmer = np.where(gain > 0.5, 0.1, 1.0) * damping[live]
+        wilder = np.maximum(damping[live], 1e-4) * 8.0
+        # a small promise under damping says nothing: ask the undamped system
+        damping[live] = np.where(small, 0.0, np.where(better, calmer, wilder))
+        damping[live] = np.where(damping[live] < 1e-6, 0.0, damping[live])
+        live = live[~converged[live] & (damping[live] < 1e12) & (small_count[live] < 5)]
     return Solution(p, at.value_B, decrement, converged, held_all, at, iterations)
 
 
@@ -185,7 +186,7 @@ def profile(problem: PowerSumProblem, weights_BxR, grid_GxE, robust_R=None) -> t
       rss_BxG (inf where no coefficients within bounds exist) and p_BxGxK.
     """
     law, y = problem.law, problem.y_R
-    B, (G, E), R, T = len(weights_BxR), grid_GxE.shape, len(y), len(law.terms)
+    B, G, R, T = len(weights_BxR), len(grid_GxE), len(y), len(law.terms)
     p_GxK = np.concatenate([np.ones((G, T)), grid_GxE], 1)
     row_scale = 1.0 / y if problem.space == "log" else np.full(R, 1.0 / y.mean())
     features = np.stack([np.ones((G, R)) if f is None else f for f in problem._terms(p_GxK)], 1) * row_scale
@@ -240,7 +241,10 @@ def point_starts(problem: Problem, weights_R: np.ndarray, count: int, per_axis: 
     if not isinstance(problem, PowerSumProblem):
         x = {v: np.exp(z) for v, z in problem.log_x.items()}
         starts = problem.law.starts(x, problem.y_R)
-        return np.concatenate([problem.from_params({**s, **problem.fixed}) for s in starts])
+        p = np.concatenate([problem.from_params({**s, **problem.fixed}) for s in starts])
+        with np.errstate(all="ignore"):
+            cost = np.nan_to_num((weights_R * np.abs(problem.residuals(p))).sum(1), nan=np.inf)
+        return p[np.argsort(cost, kind="stable")[:count]]
     grid = exponent_grid(problem, per_axis if len(problem.exponents) < 3 else 7)
     rss, p = profile(problem, weights_R[None], grid)
     rss, p = rss[0], p[0]
@@ -278,7 +282,8 @@ def solve(
     free = int(problem.free_K.sum())
     if len(problem.y_R) < free:
         raise FitError(
-            f"the table has {len(problem.y_R)} usable rows; {law.name} has {free} free parameters and needs as many rows"
+            f"the table has {len(problem.y_R)} usable rows; {law.name} has {free} free parameters "
+            "and needs at least as many rows"
         )
     weights_R = np.ones(len(problem.y_R)) if weights is None else np.asarray(weights, float)
     p_SxK = point_starts(problem, weights_R, starts)
@@ -309,13 +314,16 @@ def judge(problem: Problem, solution: Solution, loss: str, delta: float, weights
         reasons.append(f"the rows do not tell {' and '.join(weakest)} apart")
     elif at_bound:
         status = "boundary"
-        reasons += [f"{n} ended at its bound, {problem.bounds[n][int(p[names.index(n)] > problem.lower_K[names.index(n)])]:g}"
-                    for n in at_bound]  # fmt: skip
+        for i in np.flatnonzero(bound):
+            end = problem.bounds[names[i]][int(p[i] > problem.lower_K[i])]
+            reasons.append(f"{names[i]} ended at its bound, {end:g}")
     agreeing = int(same.sum())
     if status != "unconverged":
         reasons.append(f"{agreeing} of {len(value)} independent starts reach this optimum; none goes lower")
-    return PointFit(params, p, float(value[best]), status, reasons, len(value), agreeing, scaled_gradient, condition,
-                    at_bound, solution.iterations)  # fmt: skip
+    return PointFit(
+        params, p, float(value[best]), status, reasons, len(value), agreeing, scaled_gradient, condition,
+        at_bound, solution.iterations,
+    )  # fmt: skip
 
 
 def _rounding(problem: Problem, loss: str, delta: float, weights_R) -> float:

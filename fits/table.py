@@ -20,6 +20,7 @@ CORE = ("params", "tokens", "flops", "loss")
 TOKENS_PER_PARAM = (1e-3, 1e6)
 SMALLEST_PARAMS = 100.0
 FLOPS_RATIO = (1e-3, 1e3)  # flops over 6 params tokens; sparse models and attention stay well inside
+BUDGET_WIDTH = 0.10  # steps and shapes are rounded, so runs of one budget differ by a few per cent
 SAME_VALUE = 0.005  # two sizes (or budgets) closer than half a per cent count as one
 
 
@@ -224,6 +225,11 @@ def _exclusions(source, columns, numbers, raw, needs, exclude, n) -> list[str]:
     if status in source:
         bad = np.array([str(s) != "finished" for s in source[status]])
         put(bad, lambda i: f"status is {source[status][i]}, not finished")
+    if "final" in source:  # a run table's other rows are evaluations on the way, before the rate decayed
+        put(
+            np.array([str(f).lower() in ("false", "0", "0.0") for f in source["final"]]),
+            "not the final evaluation",
+        )
     for name in needs:
         value = numbers[name]
         said = raw.get(name, value)
@@ -301,8 +307,29 @@ def _plain(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def find_budgets(table: Table) -> tuple[np.ndarray, np.ndarray]:
+    """Groups runs into compute budgets.
+
+    By the column ``budget`` (the planned FLOPs) where every used row has one; else by flops, a group
+    spanning at most ``BUDGET_WIDTH``.
+
+    Returns:
+      Group number per used row, int [R], rising with compute, and each group's budget, [G].
+    """
+    planned = _numbers(table.extra["budget"]) if "budget" in table.extra else np.full(len(table), np.nan)
+    if np.isfinite(planned).all() and (planned > 0).all():
+        groups = group_close(planned)
+        return groups, np.array([planned[groups == g].mean() for g in np.unique(groups)])
+    groups, start, at = np.zeros(len(table), int), None, -1
+    for i in np.argsort(table.flops, kind="stable"):
+        if start is None or not table.flops[i] <= start * (1 + BUDGET_WIDTH):
+            start, at = table.flops[i], at + 1
+        groups[i] = at
+    return groups, np.array([np.exp(np.log(table.flops[groups == g]).mean()) for g in range(at + 1)])
+
+
 def group_close(values: np.ndarray, tolerance: float = SAME_VALUE) -> np.ndarray:
-    """Group numbers (int, from 0, in rising order) of positive values; neighbours within ``tolerance`` share one."""
+    """Group numbers (int, from 0, rising) of positive values; neighbours within ``tolerance`` share one."""
     values = np.asarray(values, float)
     order = np.argsort(values, kind="stable")
     starts = np.diff(np.log(values[order]), prepend=np.log(values[order[:1]])) > np.log1p(tolerance)

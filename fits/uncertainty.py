@@ -25,8 +25,8 @@ def find_clusters(table: Table, cluster: str = "auto") -> tuple[np.ndarray, str]
     """Which rows are resampled together.
 
     Args:
-      cluster: "auto" (the first of trunk, model size, run that repeats; else every row alone),
-        "size", "row", or the name of a column of the table.
+      cluster: "auto" (by model size where sizes repeat, which also joins the branches of a trunk and
+        the evaluations of a run; else every row alone), "size", "row" (or "none"), or a column.
 
     Returns:
       Cluster number per used row, int [R], and what a cluster is, in words.
@@ -35,27 +35,18 @@ def find_clusters(table: Table, cluster: str = "auto") -> tuple[np.ndarray, str]
       FitError: ``cluster`` is none of these.
     """
     n = len(table)
-    if cluster == "auto":
-        for column in ("trunk", "size", "run", "cell"):
-            if column != "size" and column not in table.extra:
-                continue
-            ids, name = find_clusters(table, column)
-            if len(np.unique(ids)) < n:
-                return ids, name
+    if cluster in ("row", "none"):
         return np.arange(n), "row"
-    if cluster == "row":
-        return np.arange(n), "row"
-    if cluster == "size":
-        if not np.isfinite(table.params).all():
-            return np.arange(n), "row"
-        return group_close(table.params), "model size"
+    if cluster in ("auto", "size"):
+        sized = np.isfinite(table.params).all()
+        ids = group_close(table.params) if sized else np.arange(n)
+        return (ids, "model size") if len(np.unique(ids)) < n or cluster == "size" else (np.arange(n), "row")
     if cluster not in table.extra:
         raise FitError(
             f"cluster is {cluster!r}; it must be auto, size, row or a column: {', '.join(table.extra)}"
         )
-    return np.unique([_key(v, i) for i, v in enumerate(table.extra[cluster])], return_inverse=True)[
-        1
-    ], cluster
+    labels = [_key(v, i) for i, v in enumerate(table.extra[cluster])]
+    return np.unique(labels, return_inverse=True)[1], cluster
 
 
 def _key(value: Any, row: int) -> str:
@@ -85,7 +76,7 @@ def resample_weights(cluster_R: np.ndarray, count: int, scheme: str, seed: int) 
 
 
 def refit(problem: Problem, p_K: np.ndarray, weights_BxR: np.ndarray, loss: str, delta: float):
-    """Refits under every row of weights; each lane starts from the better of the point fit and its own profile.
+    """Refits under every row of weights, each from the better of the point fit and its own profile.
 
     Returns:
       p_BxK and converged_B.
@@ -135,9 +126,14 @@ def interval(draws: np.ndarray, estimate: float) -> dict[str, Any]:
 def intraclass(residual_R: np.ndarray, cluster_R: np.ndarray) -> dict[str, float]:
     """Correlation of residuals within clusters, and the number of independent rows that they amount to.
 
-    The one-way analysis-of-variance estimator (Donner 1986), cut to [0, 1]; rows are divided by the
-    design effect 1 + (m0 - 1) icc with m0 the mean cluster size met by a row (Kish 1965).
+    The one-way analysis-of-variance estimator (Donner 1986) on residuals cut at three robust standard
+    deviations (one outlier would hide the correlation of all others), itself cut to [0, 1]; rows are
+    divided by the design effect 1 + (m - 1) icc, m the cluster size that a row meets (Kish 1965).
     """
+    middle = np.median(residual_R)
+    spread = 3 * 1.4826 * np.median(np.abs(residual_R - middle))
+    if spread > 0:
+        residual_R = np.clip(residual_R, middle - spread, middle + spread)
     n, counts = len(residual_R), np.bincount(cluster_R).astype(float)
     groups = len(counts)
     if groups == n or groups < 2:
