@@ -218,10 +218,12 @@ class Run:
 
     def check_and_log(self, step: int, metrics, log_every: int, file) -> None:
         """Reads one step's metrics, ends a run that diverged, writes every ``log_every``-th."""
-        loss = float(metrics["loss"])
+        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
         runaway = 2 * math.log(self.cell["model"]["vocab"])
         if not math.isfinite(loss):
             raise Diverged(f"the training loss was {loss} at step {step + 1}")
+        if not math.isfinite(grad_norm):
+            raise Diverged(f"the gradient's norm was {grad_norm} at step {step + 1}")
         if step >= self.cell["schedule"]["warmup_steps"] and loss > runaway:
             raise Diverged(
                 f"the training loss was {loss:.3f} at step {step + 1}, "
@@ -232,7 +234,7 @@ class Run:
                 "step": step + 1,
                 "tokens": (step + 1) * self.batch * self.seq,
                 "loss": loss,
-                "grad_norm": float(metrics["grad_norm"]),
+                "grad_norm": grad_norm,
                 "lr": float(metrics["lr"]),
             }
             write_line(file, line)

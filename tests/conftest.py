@@ -1,0 +1,52 @@
+"""Shared by all tests: CPU only, no compilation cache of the user's, a small corpus and a small study."""
+
+import json
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder of 60 text files, about 400 kB, with structure that a model can learn."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghij"), rng.integers(2, 8))) for _ in range(300)]
+    for i in range(60):
+        picked = rng.zipf(1.3, 1200) % len(words)
+        lines = [" ".join(words[w] for w in picked[k : k + 10]) for k in range(0, 1200, 10)]
+        (folder / f"{i:02d}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def study_config(corpus):
+    """A study config of two budgets and three sizes that trains in seconds."""
+    return {
+        "name": "tiny",
+        "grid": {"kind": "isoflop", "budgets": [4e8, 1.6e9], "params": [3e3, 6e3, 12e3], "min_steps": 20},
+        "model": {"head_dim": 8},
+        "data": {"source": "text", "path": str(corpus), "seq": 32},
+        "recipe": {
+            "params": 6e3,
+            "tokens": 3e4,
+            "lr": 1e-2,
+            "batch_tokens": 128,
+            "width_per_layer": 16.0,
+            "width_multiple": 8,
+            "ffn_multiple": 8,
+            "min_warmup_steps": 2,
+        },
+        "eval": {"sequences": 16},
+    }
+
+
+@pytest.fixture
+def study_file(study_config, tmp_path):
+    """The same as a JSON file."""
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(study_config))
+    return path
