@@ -211,9 +211,10 @@ class FlopsOfSize:
 
     def __init__(self, recipe: Recipe, model: Mapping, seq: int, convention: str = "exact"):
         self.label = f"{convention} FLOPs of the study's own shapes (seq {seq})"
-        smallest = _params(recipe, model, math.lcm(recipe.width_multiple, model["head_dim"]), 1, seq)
-        sizes = np.geomspace(smallest, 1e13, 160)
-        shapes = [ledger(shape(recipe, model, n, seq), seq) for n in sizes]
+        step = math.lcm(recipe.width_multiple, model["head_dim"])
+        widths = {step * max(1, round(w / step)) for w in np.geomspace(step, 2**17, 96)}
+        depths = {w: max(1, round(w / recipe.width_per_layer)) for w in widths}
+        shapes = [ledger(make_shape(recipe, model, w, depth), seq) for w, depth in depths.items()]
         points = sorted({s.params_total: s.train_flops_per_token(convention) for s in shapes}.items())
         self.log_n, self.log_f = np.log(np.array(points, float)).T
 
