@@ -21,8 +21,9 @@ from fits.errors import FitError
 from fits.fit import Fit
 from fits.fitfile import read_fit
 
-FRONTIER_POINTS = 13
-"""Budgets at which the frontier is computed; it is near a power law, so lines between them do."""
+FRONTIER_POINTS = 7
+"""Budgets at which the frontier is computed: exact under C = 6ND, where it is a power law, and under any
+other count close to one; each costs a search for every resample."""
 
 
 def write_report(
@@ -62,7 +63,7 @@ def write_report(
     out = Path(out)
     if plots_dir is None:
         plots_dir = Path(study) / "plots" if study is not None else out.parent / "plots"
-    points = ((compared or {}).get("approaches", {}).get("2") or {}).get("points") or []
+    points, hidden = words.isoflop_points(compared)
     frontier = _frontier(fit, points, answers, flops)
     figures = _figures(fit, compared, points, answers, frontier, table, curves)
     context = _context(fit, compared, points, answers, manifest, table, commands)
@@ -72,6 +73,8 @@ def write_report(
     }
     context["captions"] = {name: CAPTIONS[name] for name in figures}
     own_count = getattr(flops, "label", "the study's own FLOP function")
+    context["hidden_budgets"] = hidden
+    context["own_count"] = flops is not None
     context["frontier_compute"] = "C = 6 N D" if flops is None else own_count
     page = _environment().get_template("report.html").render(context)
     for name, figure in figures.items():

@@ -47,7 +47,6 @@ RUN_COLUMNS = {
     "wall_seconds": ("time (s)", "g3"),
     "mfu": ("MFU", "percent"),
     "status": ("status", None),
-    "reason": ("reason", None),
 }
 
 
@@ -125,13 +124,25 @@ def sizes_table(table: pd.DataFrame) -> dict[str, Any] | None:
 
 def exponents_table(approaches: Mapping | None) -> dict[str, Any] | None:
     """The exponents that each counting convention gives."""
-    if not approaches or not approaches.get("conventions"):
+    if not approaches or not approaches["conventions"]:
         return None
     rows = []
     for c in approaches["conventions"]:
-        row = [CONVENTION_WORDS.get(c["convention"], c["convention"]), c["column"]]
-        rows.append([*row, *(number(c[k], "g4") for k in ("a", "b", "alpha", "beta")), c["status"]])
-    return {"head": ["convention", "column", "a", "b", "alpha", "beta", "status"], "rows": rows}
+        row = [c["convention"], c["params_column"], c["flops_column"]]
+        row += [number(c[key], "g4") for key in ("a", "approach_2_a", "b", "alpha", "beta")]
+        rows.append([*row, c["status"]])
+    head = [
+        "convention",
+        "N is",
+        "C is",
+        "a, surface",
+        "a, parabolas",
+        "b, surface",
+        "alpha",
+        "beta",
+        "status",
+    ]
+    return {"head": head, "rows": rows}
 
 
 def run_table(table: pd.DataFrame) -> dict[str, Any]:
@@ -143,28 +154,36 @@ def run_table(table: pd.DataFrame) -> dict[str, Any]:
         row = []
         for column, (_, form) in shown.items():
             value = None if pd.isna(record[column]) else record[column]
-            row.append(number(value, form) if form else "" if value is None else str(value))
+            row.append(number(value, form) if form else str(value))
+        if not pd.isna(record["reason"]):
+            row[-1] += ": " + str(record["reason"])
         rows.append(row)
     return {"head": [label for label, _ in shown.values()], "rows": rows}
 
 
 def settings_table(manifest: Mapping) -> dict[str, Any]:
-    """Every field of the cell configs: its value where all cells share it, its range where not."""
-    values: dict[str, list] = {}
+    """Every field of the cell configs by section: its value where all cells share it, its range where not."""
+    sections: dict[str, dict[str, list]] = {}
     for entry in manifest["cells"]:
         for section, fields in entry["config"].items():
             for key, value in fields.items() if isinstance(fields, Mapping) else ():
-                values.setdefault(f"{section}.{key}", []).append(value)
+                sections.setdefault(section, {}).setdefault(key, []).append(value)
     rows = []
-    for name in sorted(values):
-        seen = list(dict.fromkeys(values[name]))
-        if len(seen) == 1:
-            rows.append([name, "none" if seen[0] is None else str(seen[0])])
-        elif all(isinstance(v, int | float) and not isinstance(v, bool) for v in seen):
-            rows.append([name, [number(min(seen)), "to", number(max(seen)), f"({len(seen)} values)"]])
-        else:
-            rows.append([name, ", ".join(map(str, seen))])
-    return {"head": ["setting", "over all cells"], "rows": rows}
+    for section, fields in sections.items():
+        parts: list = []
+        for key, values in fields.items():
+            parts += [*_over_cells(key, list(dict.fromkeys(values))), ";"]
+        rows.append([section, parts[:-1]])
+    return {"head": ["section", "settings over all cells"], "rows": rows}
+
+
+def _over_cells(key: str, seen: list) -> list:
+    """One setting: its one value, its range, or its few values."""
+    if len(seen) == 1:
+        return [f"{key} = {'none' if seen[0] is None else seen[0]}"]
+    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in seen):
+        return [f"{key} =", number(min(seen)), "to", number(max(seen)), f"({len(seen)} values)"]
+    return [f"{key} = {' or '.join(map(str, seen))}"]
 
 
 def study_checklist(manifest: Mapping, table: pd.DataFrame) -> list[list]:

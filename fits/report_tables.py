@@ -20,6 +20,12 @@ STATUS_WORDS = {
     "unconverged": "The solver did not converge. No value below is an estimate.",
 }
 
+STUCK = 1e-3  # no bootstrap of noisy runs knows N* to a thousandth
+STUCK_WORDS = (
+    "The interval of N* has next to no width, because the optimum sticks to a corner of the FLOP function: "
+    "take N* from the near-optimal band, and its doubt from the interval of a."
+)
+
 
 class Number(NamedTuple):
     """A value and how it is printed."""
@@ -92,11 +98,15 @@ def _allocation_sentence(answer: Mapping) -> list:
 
 def warnings(fit: Any, allocations: Sequence[Mapping], points: Sequence[Mapping]) -> list[str]:
     """What to doubt about the fit and its answers, the gravest first, in plain words."""
-    out = [sentence(flag["text"]) for flag in fit.flags]
+    said = ("not_identified", "unconverged")  # the status says it already
+    out = [sentence(flag["text"]) for flag in fit.flags if flag["code"] not in said]
     for answer in allocations:
         out += [text for flag in answer["flags"] if (text := sentence(flag["text"])) not in out]
         if max(answer["extrapolation"][k] for k in ("budget_ratio", "N_ratio", "D_ratio")) > 1:
             out.append(f"At {scientific(answer['budget'], 3)} FLOPs: {answer['extrapolation']['text']}")
+        ends = answer["intervals"]["N"]["95"]
+        if ends and ends[1] < ends[0] * (1 + STUCK) and (fit.intervals.get("a") or {}).get("sd"):
+            out.append(STUCK_WORDS)
     for point in points:
         if not point["accepted"]:
             out.append(f"No isoFLOP minimum at {scientific(point['budget'], 3)} FLOPs: {point['reason']}.")
@@ -131,7 +141,7 @@ def allocation_table(answer: Mapping) -> dict[str, Any]:
         got = answer["intervals"][name]
         rows.append([words, number(answer[name], form), span(got["80"], form), span(got["95"], form)])
     notes = [_band_sentence(answer["band"]), [answer["extrapolation"]["text"]]]
-    notes.append(["Compute is counted as", sentence(answer["compute"])])
+    notes.append([f"Compute is counted as {answer['compute']}."])
     if answer.get("buildable"):
         notes.append(_shape_sentence(answer["buildable"], answer.get("shape") or {}))
     head = ["", "estimate", "80 % interval", "95 % interval"]
@@ -171,7 +181,24 @@ def approach_table(approaches: Mapping | None) -> dict[str, Any] | None:
         row = [f"{key}: {got['name']}", got["status"], number(got["a"], "g4"), span(ends["a"], "g4")]
         rows.append([*row, number(got["b"], "g4"), span(ends["b"], "g4"), "; ".join(got["reasons"])])
     head = ["approach", "status", "a", "95 % interval of a", "b", "95 % interval of b", "reasons"]
-    return {"head": head, "rows": rows}
+    bias = (approaches["approaches"].get("2") or {}).get("bias") or {}
+    return {
+        "head": head,
+        "rows": rows,
+        "bias": number(bias["a"], "g2") if bias.get("a") is not None else None,
+    }
+
+
+def isoflop_points(approaches: Mapping | None) -> tuple[list[Mapping], int]:
+    """Approach 2's budgets to show, and how many more there are.
+
+    A planned study shows every budget. A table of scattered compute falls into many groups; of those,
+    only the ones with enough sizes for a curve are shown.
+    """
+    points = ((approaches or {}).get("approaches", {}).get("2") or {}).get("points") or []
+    curves = [p for p in points if p["parabola"] is not None]
+    shown = list(points) if curves and len(points) <= 2 * len(curves) else curves
+    return shown, len(points) - len(shown)
 
 
 def isoflop_table(points: Sequence[Mapping]) -> dict[str, Any]:

@@ -300,6 +300,34 @@ def test_not_identified_fit_gives_no_answer(tmp_path):
     assert not list((tmp_path / "plots").glob("*.png"))
 
 
+def test_interval_without_width_is_doubted(foreign, tmp_path):
+    folder, _, _, answer = foreign
+    stuck = answer.to_dict()
+    stuck["intervals"] = {**stuck["intervals"], "N": {**stuck["intervals"]["N"], "95": [answer.N, answer.N]}}
+    page = Page(write_report(None, folder / "fit.json", allocation=stuck, out=tmp_path / "r.html"))
+    assert "has next to no width" in page.sections["answer"]
+    healthy = Page(folder / "report.html")
+    assert "has next to no width" not in healthy.source
+
+
+def test_scattered_budgets_show_only_curves(tmp_path):
+    rng = np.random.default_rng(3)
+    N, C = np.geomspace(1e4, 3e5, 8), np.repeat([3e10, 1.2e11, 4.8e11], 8)
+    N = np.tile(N, 3)
+    lone = np.geomspace(1e9, 1e10, 9)
+    N, C = np.concatenate([N, np.full(9, 5e4)]), np.concatenate([C, lone])
+    D = C / (6 * N)
+    table = pd.DataFrame(
+        {"params": N, "tokens": D, "loss": planted_loss(N, D) * np.exp(rng.normal(0, 1e-3, N.size))}
+    )
+    fit = fits.fit_table(table, bootstraps=30)
+    compared = fits.approaches(table, fit=fit, bootstraps=20)
+    page = Page(write_report(None, fit, approaches=compared, out=tmp_path / "r.html"))
+    text = page.sections["isoflop"]
+    assert text.count("interior minimum") == 3
+    assert "9 more groups of nearly equal compute" in text
+
+
 def test_law_in_one_variable(tmp_path):
     D = np.geomspace(1e6, 1e9, 12)
     table = {"params": np.full(12, 1e5), "tokens": D, "loss": 1.0 + 40 * D**-0.3}
@@ -351,14 +379,16 @@ def test_study_rows_and_dropped_cells_have_reasons(study):
 
 
 def test_study_run_table(study):
-    _, page, table, _, _ = study
+    folder, page, table, _, _ = study
     text = page.sections["runs"]
     assert all(cell in text for cell in table["cell"])
     assert "the training loss was nan at step 9" in text
     printed = [value for section, value, _ in page.numbers if section == "runs"]
     for column in ("loss", "flops", "tokens", "params", "bits_per_byte"):
         assert set(table[column].dropna()) <= set(printed)
-    assert "optim.lr" in text and "data.fingerprint abc123" in text
+    assert "fingerprint = abc123" in text and "path = none" in text
+    rates = [e["config"]["optim"]["lr"] for e in json.loads((folder / "manifest.json").read_text())["cells"]]
+    assert min(rates) in printed and max(rates) in printed
 
 
 def test_study_conventions(study):
@@ -371,7 +401,8 @@ def test_study_conventions(study):
             assert any(math.isclose(per_token, v, rel_tol=1e-12) for v in printed)
     assert set(done["params_nonembedding"]) <= set(printed)
     for row in compared.to_dict()["conventions"]:
-        assert row["a"] is None or row["a"] in printed
+        assert row["a"] in printed and row["approach_2_a"] in printed
+        assert row["convention"] in page.sections["conventions"]
 
 
 def test_isoflop_section_names_every_budget(study):
