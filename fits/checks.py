@@ -48,11 +48,21 @@ def structure(law: Law, table: Table, fixed: Mapping[str, float]) -> list[str]:
         width = BUDGET_WIDTH if variable == "C" else 0.01
         if np.ptp(x[variable]) <= np.log1p(width):
             reasons.append(f"{words[variable]} (from {column.min():.4g} to {column.max():.4g})")
+    if not reasons and needed and {"N", "D"} <= set(law.variables):
+        reasons += _on_a_line(x["N"], x["D"])
     points = len({tuple(float(x[v][i]) for v in law.variables) for i in range(len(table))})
     free = len(law.parameters) - len(fixed)
     if points <= free:
         reasons.append(f"{points} different points for {free} parameters leave nothing to check the fit by")
     return reasons
+
+
+def _on_a_line(log_n, log_d) -> list[str]:
+    """Why N and D cannot be told apart: D is a power of N in these rows, within ``BUDGET_WIDTH``."""
+    slope, start = np.polyfit(log_n, log_d, 1)
+    if np.abs(slope * log_n + start - log_d).max() > np.log1p(BUDGET_WIDTH):
+        return []
+    return [f"D grows as N^{slope:.2f} in all runs, so the effects of N and of D cannot be told apart"]
 
 
 def row_flags(table: Table, residual_R: np.ndarray) -> list[list[str]]:

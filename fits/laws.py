@@ -177,14 +177,8 @@ class Kaplan(Law):
                 columns = np.stack([np.exp(log_size - shift[0]), np.exp(log_data - shift[1])], 1)
                 coefficients = np.linalg.lstsq(columns / target[:, None], np.ones(len(y)), rcond=None)[0]
                 size, data = np.log(np.maximum(coefficients, 1e-3)) + np.mean(np.log(y)) / alpha_d - shift
-                out.append(
-                    {
-                        "Nc": math.exp(size / ratio),
-                        "Dc": math.exp(data),
-                        "alphaN": ratio * alpha_d,
-                        "alphaD": alpha_d,
-                    }
-                )
+                Nc, Dc = np.exp(np.clip([size / ratio, data], -600.0, 600.0))  # float64 ends at e^709
+                out.append({"Nc": Nc, "Dc": Dc, "alphaN": ratio * alpha_d, "alphaD": alpha_d})
         return out
 
     def compute_exponents(self, params):

@@ -220,10 +220,13 @@ class PowerSumProblem(Problem):
             return (np.log(predicted) if self.space == "log" else predicted) - self.target_R
 
     def evaluate(self, p_BxK, weights_BxR, row_loss):
+        with np.errstate(all="ignore"):  # a wild trial step may overflow; its infinite value rejects it
+            return self._evaluate(p_BxK, weights_BxR, row_loss)
+
+    def _evaluate(self, p_BxK, weights_BxR, row_loss):
         B, K = p_BxK.shape
-        R = len(self.y_R)
-        J_BxKxR = np.zeros((B, K, R))
-        predicted = np.zeros((B, R))
+        J_BxKxR = np.zeros((B, K, len(self.y_R)))
+        predicted = np.zeros((B, len(self.y_R)))
         powers = self._terms(p_BxK)
         for i, (power, z) in enumerate(zip(powers, self.z_term_exp_R, strict=True)):
             J_BxKxR[:, i] = 1.0 if power is None else power
@@ -231,15 +234,14 @@ class PowerSumProblem(Problem):
             predicted += value
             for at, z_R in z.items():
                 J_BxKxR[:, at] -= z_R * value
-        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            residual = (np.log(predicted) if self.space == "log" else predicted) - self.target_R
-            value_B = (weights_BxR * row_loss.value(residual)).sum(1)
-            first, second, robust = (weights_BxR * d for d in row_loss.derivatives(residual))
-            if self.space == "log":
-                inverse = 1.0 / predicted
-                first = first * inverse
-                robust = robust * inverse**2
-                second = second * inverse**2 - first * inverse
+        residual = (np.log(predicted) if self.space == "log" else predicted) - self.target_R
+        value_B = (weights_BxR * row_loss.value(residual)).sum(1)
+        first, second, robust = (weights_BxR * d for d in row_loss.derivatives(residual))
+        if self.space == "log":
+            inverse = 1.0 / predicted
+            first = first * inverse
+            robust = robust * inverse**2
+            second = second * inverse**2 - first * inverse
         J_BxRxK = J_BxKxR.transpose(0, 2, 1)
         gradient = (first[:, None] @ J_BxRxK)[:, 0]
         hessian = (J_BxKxR * second[:, None]) @ J_BxRxK

@@ -26,6 +26,8 @@ DECREMENT = 1e-13
 LAD_WIDTHS = tuple(10.0**-k for k in range(2, 11))  # |r| is smoothed over ever narrower widths
 # Two starts agree when their objectives differ by less than this share and no exponent by more.
 SAME_OBJECTIVE, SAME_COORDINATE = 1e-6, 1e-4
+# Newton is exact to far less than this, so equal objectives this far apart mean a flat valley.
+SAME_MINIMUM, DIFFERENT = 1e-9, 1e-2
 RANK_FLOOR = 1e-11  # eigenvalue of the correlation matrix of J; float64 squares lose the rest
 
 
@@ -64,7 +66,7 @@ def cholesky_solve(A_BxKxK: np.ndarray, b_BxK: np.ndarray) -> tuple[np.ndarray, 
     K = A_BxKxK.shape[-1]
     lower = np.zeros_like(A_BxKxK)
     good = np.ones(A_BxKxK.shape[:-2], bool)
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(all="ignore"):
         for j in range(K):
             pivot = A_BxKxK[..., j, j] - (lower[..., j, :j] ** 2).sum(-1)
             good &= pivot > 1e-14 * np.abs(A_BxKxK[..., j, j])
@@ -97,9 +99,10 @@ def _newton_step(problem: Problem, p_BxK, at: Evaluation, damping_B):
     system = np.where(keep, system / (scale[:, :, None] * scale[:, None, :]), 0.0)
     ridge = np.where(held, 1.0, 1e-13 + 1e-3 * damping_B[:, None])
     system += ridge[:, :, None] * np.eye(p_BxK.shape[1])
-    step, good = cholesky_solve(system, -gradient / scale)
-    step = np.where(held, 0.0, step / scale)
-    return step, -0.5 * (gradient * step).sum(1), good, held
+    with np.errstate(all="ignore"):  # where the system is singular the step is thrown away
+        step, good = cholesky_solve(system, -gradient / scale)
+        step = np.where(held, 0.0, step / scale)
+        return step, -0.5 * (gradient * step).sum(1), good, held
 
 
 def newton(problem: Problem, p_BxK: np.ndarray, weights_BxR: np.ndarray, row_loss: RowLoss) -> Solution:
@@ -147,6 +150,12 @@ def newton(problem: Problem, p_BxK: np.ndarray, weights_BxR: np.ndarray, row_los
         damping[live] = np.where(damping[live] < 1e-6, 0.0, damping[live])
         live = live[~converged[live] & (damping[live] < 1e12) & (small_count[live] < 5)]
     return Solution(p, at.value_B, decrement, converged, held_all, at, iterations)
+
+
+def _is_coefficient(problem: Problem) -> np.ndarray:
+    linear = np.ones(len(problem.law.parameters), bool)
+    linear[_nonlinear(problem)] = False
+    return linear
 
 
 def _nonlinear(problem: Problem) -> np.ndarray:
@@ -286,9 +295,13 @@ def solve(
             "and needs at least as many rows"
         )
     weights_R = np.ones(len(problem.y_R)) if weights is None else np.asarray(weights, float)
-    p_SxK = point_starts(problem, weights_R, starts)
-    solution = minimise(problem, p_SxK, np.broadcast_to(weights_R, (len(p_SxK), len(weights_R))), loss, delta)
-    return problem, judge(problem, solution, loss, delta, weights_R)
+    for count in (starts, 3 * starts):  # a lowest point that one start alone has found wants a second look
+        p_SxK = point_starts(problem, weights_R, count)
+        weights_SxR = np.broadcast_to(weights_R, (len(p_SxK), len(weights_R)))
+        point = judge(problem, minimise(problem, p_SxK, weights_SxR, loss, delta), loss, delta, weights_R)
+        if point.agreeing > 1 or point.starts < count:
+            break
+    return problem, point
 
 
 def judge(problem: Problem, solution: Solution, loss: str, delta: float, weights_R) -> PointFit:
@@ -301,8 +314,11 @@ def judge(problem: Problem, solution: Solution, loss: str, delta: float, weights
         np.abs(solution.p_BxK - p).max(1) <= SAME_COORDINATE * np.maximum(1.0, np.abs(p).max())
     )
     free = problem.free_K
-    bound = free & ((p <= problem.lower_K) | (p >= problem.upper_K))
-    condition, weakest = _conditioning(problem, p, weights_R, free & ~bound)
+    near = 1e-9 * np.where(_is_coefficient(problem), problem.y_R.mean(), 1.0)
+    bound = free & ((p <= problem.lower_K + near) | (p >= problem.upper_K - near))
+    # over parameters at a bound too: a bound must not hide that the rows cannot tell
+    condition, weakest = _conditioning(problem, p, weights_R, free)
+    twin = _twin(problem, solution, best)
     scaled_gradient = float(np.sqrt(max(solution.decrement_B[best], 0.0) / max(value[best], 1e-300)))
     reasons, status = [], "converged"
     at_bound = [names[i] for i in np.flatnonzero(bound)]
@@ -312,18 +328,36 @@ def judge(problem: Problem, solution: Solution, loss: str, delta: float, weights
     elif condition > 1 / RANK_FLOOR:
         status = "not identified"
         reasons.append(f"the rows do not tell {' and '.join(weakest)} apart")
+    elif twin is not None:
+        status = "not identified"
+        reasons.append(f"different parameters fit equally well: {twin}")
     elif at_bound:
         status = "boundary"
         for i in np.flatnonzero(bound):
-            end = problem.bounds[names[i]][int(p[i] > problem.lower_K[i])]
+            end = problem.bounds[names[i]][int(p[i] - problem.lower_K[i] > problem.upper_K[i] - p[i])]
             reasons.append(f"{names[i]} ended at its bound, {end:g}")
     agreeing = int(same.sum())
-    if status != "unconverged":
+    if status in ("converged", "boundary") and agreeing < 2 <= len(value) // 2:
+        status = "unconverged"
+        reasons.append(f"only one of {len(value)} independent starts reaches the lowest objective")
+    elif status != "unconverged":
         reasons.append(f"{agreeing} of {len(value)} independent starts reach this optimum; none goes lower")
     return PointFit(
         params, p, float(value[best]), status, reasons, len(value), agreeing, scaled_gradient, condition,
         at_bound, solution.iterations,
     )  # fmt: skip
+
+
+def _twin(problem: Problem, solution: Solution, best: int) -> str | None:
+    """Where another start converged to the very same objective at other parameters, the widest such range."""
+    value, p = solution.value_B, solution.p_BxK
+    equal = solution.converged_B & (value <= value[best] * (1 + SAME_MINIMUM))
+    apart = np.ptp(p[equal], axis=0) / np.maximum(1e-300, np.abs(p[best])) if equal.any() else np.zeros(1)
+    if not apart.max() > DIFFERENT:
+        return None
+    at = int(np.argmax(apart))
+    found = problem.to_params(p[equal])[problem.law.parameters[at]]
+    return f"{problem.law.parameters[at]} from {found.min():.4g} to {found.max():.4g}"
 
 
 def _rounding(problem: Problem, loss: str, delta: float, weights_R) -> float:
