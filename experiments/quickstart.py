@@ -24,7 +24,7 @@ def get_config():
             recipe=dict(
                 params=33e3,
                 tokens=2.0e6,
-                lr=1e-2,
+                lr=6e-3,
                 batch_tokens=2048,
                 beta2=0.98,
                 width_per_layer=32.0,

@@ -30,6 +30,7 @@ from scaling.models.lm import build
 from scaling.models.loss import eval_sums
 from scaling.optim import hyper_parameters
 from scaling.step import init_state, train_step
+from scaling.tracking import Tracker
 
 LOGGED_POINTS = 200
 """About how many lines of metrics.jsonl a cell writes."""
@@ -94,17 +95,27 @@ def train(
     write_json(folder.config, cell)
 
     dataset = open_planned_data(cell)
-    run = Run(cell, name, folder, execution, dataset, on_metrics)
+    tracker = Tracker(execution.wandb, folder.path.parent.parent, name, tracked_config(cell, name))
+    run = Run(cell, name, folder, execution, dataset, on_metrics or tracker.log)
+    result = None
     try:
         result = run.to_the_end()
     except Diverged as reason:
         result = run.result("diverged", [], str(reason))
     finally:
+        tracker.finish(result)
         run.checkpoints.close()
     write_json(folder.timing, run.timing())
     write_json(folder.result, result)
     folder.failure.unlink(missing_ok=True)
     return result
+
+
+def tracked_config(cell: Mapping, name: str) -> dict:
+    """What the tracker keeps beside the metrics: the config and the ledger, in the run table's names."""
+    account = ledger(cell["model"], cell["data"]["seq"])
+    fields = ("params_total", "params_active", "params_embedding", "params_nonembedding")
+    return {**cell, "cell": name, "params": account.params_total, **{f: getattr(account, f) for f in fields}}
 
 
 def open_planned_data(cell: Mapping):

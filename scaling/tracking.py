@@ -1,0 +1,155 @@
+"""Weights & Biases as a mirror: the study folder stays the source, wandb gets the same fields.
+
+Off unless switched on (`scaling run --wandb offline`); offline runs are written below the study
+(``STUDY/wandb``) and need no server. wandb has no public reader for its offline files, so
+``read_wandb`` reads the format itself: LevelDB log blocks that hold wandb's protobuf records.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from scaling.files import StudyError
+
+BLOCK = 32768
+FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+FILE_HEADER = 7
+RECORD_HEADER = 7
+
+
+class Tracker:
+    """Mirrors one attempt at a cell to wandb; does nothing when ``mode`` is ``off``.
+
+    Args:
+      mode: ``off``, ``offline`` or ``online``.
+      study: the study folder; its name is the wandb project and group.
+      cell: the cell's id: the wandb run id, so that a resumed cell continues the same run.
+      config: the cell's config, with what else should stand beside it.
+    """
+
+    def __init__(self, mode: str, study: Path, cell: str, config: Mapping):
+        self.run = None
+        if mode == "off":
+            return
+        try:
+            import wandb
+        except ImportError as error:
+            raise StudyError("--wandb needs the package wandb; install the extra: scaling[wandb]") from error
+        self.run = wandb.init(
+            project=study.name,
+            group=study.name,
+            name=cell,
+            id=cell,
+            resume="allow",
+            mode=mode,
+            dir=str(study),
+            config=dict(config),
+            settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
+        )
+
+    def log(self, row: Mapping) -> None:
+        """One logged line of the cell, at its own step; the training loss is ``train_loss`` there."""
+        if self.run is not None:
+            names = {"loss": "train_loss"}
+            self.run.log({names.get(k, k): v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    def finish(self, result: Mapping | None) -> None:
+        """Writes the result as the summary and closes the run."""
+        if self.run is None:
+            return
+        if result is not None:
+            self.run.summary.update({k: v for k, v in result.items() if not isinstance(v, (list, dict))})
+        self.run.finish(exit_code=0 if result is not None else 1)
+        self.run = None
+
+
+def read_wandb(folder: Path | str) -> pd.DataFrame:
+    """The run table of offline wandb runs: one row a run, from its config and summary.
+
+    Nested config keys become ``section.key``. Runs of one id (a resumed cell) are one row, the
+    newest summary winning.
+
+    Args:
+      folder: a folder with ``offline-run-*`` or ``run-*`` folders, or one above it.
+
+    Raises:
+      StudyError: no wandb file below the folder, or wandb is not installed.
+    """
+    files = sorted(Path(folder).rglob("run-*.wandb"), key=lambda p: p.stat().st_mtime)
+    if not files:
+        raise StudyError(f"{folder} holds no wandb run (no run-*.wandb file below it)")
+    rows: dict[str, dict] = {}
+    for path in files:
+        run = read_wandb_run(path)
+        row = rows.setdefault(run["id"], {"run_id": run["id"]})
+        row.update(flatten(run["config"]))
+        row.update(flatten(run["summary"]))
+    table = pd.DataFrame(rows.values())
+    return table.drop(columns=[c for c in table.columns if c.startswith("_")])
+
+
+def read_wandb_run(path: Path | str) -> dict:
+    """One ``.wandb`` file: ``id``, ``config``, ``summary`` and ``history`` (a list of dicts).
+
+    A file cut off by a kill is read as far as it is whole.
+    """
+    try:
+        from wandb.proto import wandb_internal_pb2
+    except ImportError as error:
+        raise StudyError("reading wandb files needs the package wandb: scaling[wandb]") from error
+    out: dict = {"id": None, "config": {}, "summary": {}, "history": []}
+    for data in log_records(Path(path).read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            out["id"] = record.run.run_id
+            out["config"].update(items(record.run.config.update))
+        elif kind == "config":
+            out["config"].update(items(record.config.update))
+        elif kind == "summary":
+            out["summary"].update(items(record.summary.update))
+        elif kind == "history":
+            out["history"].append(items(record.history.item))
+    return out
+
+
+def items(entries) -> dict:
+    """Keys and JSON values of a protobuf list; nested keys are joined with dots."""
+    return {e.key or ".".join(e.nested_key): json.loads(e.value_json) for e in entries}
+
+
+def log_records(data: bytes) -> Iterator[bytes]:
+    """The whole records of a LevelDB log with wandb's file header; stops at the first torn one."""
+    if data[:4] != b":W&B":
+        raise StudyError("a .wandb file does not begin with ':W&B'; it is not a wandb run file")
+    position, parts = FILE_HEADER, []
+    while position + RECORD_HEADER <= len(data):
+        left = BLOCK - position % BLOCK
+        if left < RECORD_HEADER:  # the tail of a block is padding
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        start = position + RECORD_HEADER
+        if kind not in (FULL, FIRST, MIDDLE, LAST) or start + length > len(data):
+            return
+        parts = [*(parts if kind in (MIDDLE, LAST) else []), data[start : start + length]]
+        if kind in (FULL, LAST):
+            yield b"".join(parts)
+        position = start + length
+
+
+def flatten(value: Mapping, prefix: str = "") -> dict:
+    """Nested mappings as one level, keys joined with dots."""
+    out = {}
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            out.update(flatten(inner, f"{prefix}{key}."))
+        else:
+            out[f"{prefix}{key}"] = inner
+    return out
