@@ -45,7 +45,9 @@ def write_report(
       fit: a ``Fit`` or the path of a fit file.
       allocation: an ``Allocation``, its ``to_dict()``, or several of them.
       approaches: a ``Comparison`` of approaches 1, 2 and 3, or its ``to_dict()``.
-      out: the HTML file. plots_dir: the PNG files' folder; default ``plots`` in the study, or beside ``out``.
+      out: the HTML file.
+      plots_dir: the PNG files' folder; default ``plots`` in the study, or ``NAME.plots`` beside an
+        ``out`` called ``NAME.html``. Figures of an earlier report in it are replaced or removed.
       flops: training FLOPs of (N, D), for the frontier; default 6 N D.
       title: heading; default the study's name, or the table's.
       commands: the command lines that led here, for the checklist.
@@ -62,7 +64,7 @@ def write_report(
     manifest, table, curves = _read_study(study)
     out = Path(out)
     if plots_dir is None:
-        plots_dir = Path(study) / "plots" if study is not None else out.parent / "plots"
+        plots_dir = Path(study) / "plots" if study is not None else out.parent / f"{out.stem}.plots"
     points, hidden = words.isoflop_points(compared)
     frontier = _frontier(fit, points, answers, flops)
     figures = _figures(fit, compared, points, answers, frontier, table, curves)
@@ -77,8 +79,12 @@ def write_report(
     context["own_count"] = flops is not None
     context["frontier_compute"] = "C = 6 N D" if flops is None else own_count
     page = _environment().get_template("report.html").render(context)
-    for name, figure in figures.items():
-        _write_whole(Path(plots_dir) / f"{name}.png", plots.png(figure))
+    for name in CAPTIONS:
+        path = Path(plots_dir) / f"{name}.png"
+        if name in figures:
+            _write_whole(path, plots.png(figures[name]))
+        else:
+            _remove(path)  # a picture of an earlier fit would be taken for one of this
     _write_whole(out, page.encode())
     return out
 
@@ -219,6 +225,15 @@ def say(value: Any) -> Markup:
             text = text.replace(f" {mark}", mark)
         return Markup(text.replace("( ", "("))
     return Markup.escape(value)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except NotADirectoryError:
+        return  # then nothing of that name is there
+    except OSError as error:
+        raise FitError(f"{path} cannot be removed: {error.strerror or error}") from error
 
 
 def _write_whole(path: Path, data: bytes) -> None:

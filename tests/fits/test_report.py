@@ -198,7 +198,7 @@ def test_page_is_self_contained_and_consistent(foreign):
     folder, page, _, _ = foreign
     assert_self_contained(page)
     assert_printed_numbers(page)
-    assert_pictures(folder / "plots", re.findall(r'id="figure-(\w+)"', page.source))
+    assert_pictures(folder / "report.plots", re.findall(r'id="figure-(\w+)"', page.source))
 
 
 def test_answer_and_warnings_come_first(foreign):
@@ -278,8 +278,10 @@ def test_same_inputs_same_bytes(foreign, tmp_path):
         out=tmp_path / "again.html", commands=["scaling fit runs.csv"],
     )  # fmt: skip
     assert out.read_bytes() == page.source.encode()
-    for path in (folder / "plots").glob("*.png"):
-        assert (tmp_path / "plots" / path.name).read_bytes() == path.read_bytes()
+    pictures = list((folder / "report.plots").glob("*.png"))
+    assert pictures
+    for path in pictures:
+        assert (tmp_path / "again.plots" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_not_identified_fit_gives_no_answer(tmp_path):
@@ -290,14 +292,17 @@ def test_not_identified_fit_gives_no_answer(tmp_path):
     )
     fit = fits.fit_table(more, bootstraps=50)
     assert fit.status == "not identified"
-    page = Page(write_report(None, fit, out=tmp_path / "r.html"))
+    (tmp_path / "p").mkdir()
+    for name in ("surface.png", "mine.png"):
+        (tmp_path / "p" / name).write_bytes(b"of an earlier fit")
+    page = Page(write_report(None, fit, out=tmp_path / "r.html", plots_dir=tmp_path / "p"))
     assert_self_contained(page)
     first = page.sections["answer"]
     assert "There is no answer" in first and "No value below is an estimate" in first
     assert all(reason[1:] in first for reason in fit.reasons)
     assert "They are not estimates" in page.sections["law"]
     assert "allocation" not in page.sections
-    assert not list((tmp_path / "plots").glob("*.png"))
+    assert [p.name for p in (tmp_path / "p").iterdir()] == ["mine.png"]
 
 
 def test_interval_without_width_is_doubted(foreign, tmp_path):
@@ -335,7 +340,7 @@ def test_law_in_one_variable(tmp_path):
     page = Page(write_report(None, fit, out=tmp_path / "r.html"))
     assert "does not trade N against D" in page.sections["answer"]
     assert "gives no optimal N and D" in page.sections["frontier"]
-    assert_pictures(tmp_path / "plots", ["residuals"])
+    assert_pictures(tmp_path / "r.plots", ["residuals"])
 
 
 @pytest.fixture(scope="module")
