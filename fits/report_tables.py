@@ -123,7 +123,8 @@ def law_table(fit: Any) -> dict[str, Any]:
     for name, got in fit.intervals.items():
         sd = "fixed" if name in fit.fixed else number(got["sd"], "g3")
         rows.append([name, number(got["estimate"], "g6"), sd, span(got["80"]), span(got["95"])])
-    return {"head": ["", "estimate", "standard deviation", "80 % interval", "95 % interval"], "rows": rows}
+    value = "last value" if fit.status in NO_ESTIMATE else "estimate"
+    return {"head": ["", value, "standard deviation", "80 % interval", "95 % interval"], "rows": rows}
 
 
 QUANTITIES = {
