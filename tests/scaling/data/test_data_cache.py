@@ -74,6 +74,15 @@ def test_a_damaged_entry_is_built_again(text_folder, cache, name, damage):
     assert folders(cache) == [entry(cache).name]
 
 
+def test_sizes_alone_are_checked_where_the_content_is_too_large(text_folder, cache, monkeypatch):
+    open_text(text_folder)
+    monkeypatch.setattr("scaling.data.cache._CHECKED_BYTES", 0)
+    path = entry(cache) / "train.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="building them again"):
+        open_text(text_folder)
+
+
 PROGRAM = """
 import sys, time
 from pathlib import Path

@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 from collections import Counter
 
 import numpy as np
@@ -93,6 +94,31 @@ def test_seed_and_fingerprint(tmp_path):
     assert open_tokens(tmp_path / "b").fingerprint != first.fingerprint
     with pytest.raises(ConfigError, match=r"data.fingerprint is"):
         open_tokens(tmp_path / "b", fingerprint=first.fingerprint)
+
+
+def test_fingerprint_covers_every_token(tmp_path):
+    # Documents of one size: neither the split nor the offsets can tell the change.
+    documents = np.random.default_rng(0).integers(0, 1000, (30, 20))
+    seen = set()
+    for change in range(4):
+        documents[change, 5] = (documents[change, 5] + 1) % 1000
+        write_token_shards(tmp_path / str(change), list(documents), 1000, bytes_per_token=4)
+        seen.add(open_tokens(tmp_path / str(change)).fingerprint)
+    assert len(seen) == 4
+
+
+def test_a_change_after_the_first_open_is_seen(shards):
+    before = open_tokens(shards).fingerprint
+    path = shards / "tokens-00000.bin"
+    tokens = np.fromfile(path, np.uint16)
+    tokens[3] = (tokens[3] + 1) % 1000
+    tokens.tofile(path)
+    os.utime(path, (1, 1))  # a write within the clock's resolution keeps the time, and would not be seen
+    assert open_tokens(shards).fingerprint != before
+    tokens[3] = 1000
+    tokens.tofile(path)
+    os.utime(path, (2, 2))
+    refused(shards, "holds the token id 1000")
 
 
 def test_unique_tokens(tmp_path):

@@ -103,6 +103,14 @@ def test_batch_depends_on_the_step_alone(shape, steps):
         assert equal(used.batch_at(step), Stream(make(sizes), seq, batch, seed).batch_at(step))
 
 
+def test_steps_may_run_backwards():
+    tokens = make([1000] * 30)
+    for batch in (1, 3):
+        stream = Stream(tokens, 3, batch, 9)
+        forwards = [stream.rows_at(k).tolist() for k in range(5000)]
+        assert [stream.rows_at(k).tolist() for k in reversed(range(5000))] == forwards[::-1]
+
+
 def test_batch_size_does_not_change_the_order_of_samples():
     tokens = make([50] * 20)
     rows = [Stream(tokens, 7, batch, 5) for batch in (1, 4, 12)]
