@@ -28,15 +28,12 @@ def dot_product_attention(
         T, S, mask=mask, is_causal=is_causal, window=window,
         q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids,
     )  # fmt: skip
+    allowed = jnp.ones((1,) * 5, bool) if allowed is None else _group_heads(allowed, K, G)
+    probs = _masked_softmax(logits, allowed)
     # Each query sees itself, whatever the window and its segment, where its own key is among the keys.
     sees_itself = T <= S and mask is None and q_segment_ids is kv_segment_ids
-    if allowed is None:
-        probs = _softmax(logits)
-    elif sees_itself:
-        probs = _softmax(_masked(logits, _group_heads(allowed, K, G)))
-    else:
-        allowed = _group_heads(allowed, K, G)
-        probs = jnp.where(allowed, _softmax(_masked(logits, allowed)), 0)
+    if not sees_itself:
+        probs = jnp.where(allowed, probs, 0)
     return jnp.einsum("bktgs,bskh->btkgh", probs.astype(v_BSKH.dtype), v_BSKH).reshape(B, T, N, H)
 
 
@@ -46,23 +43,20 @@ def _group_heads(x_BNTS, K, G):
     return x_BNTS.reshape((B, 1, 1, T, S) if N == 1 else (B, K, G, T, S)).swapaxes(2, 3)
 
 
-def _masked(logits, allowed):
-    # Finite, so that a row with nothing allowed has no NaN in its value or its gradient.
-    return jnp.where(allowed, logits, 0.7 * jnp.finfo(logits.dtype).min)
-
-
 @jax.custom_jvp
-def _softmax(logits):
-    """Softmax over the last axis.
+def _masked_softmax(logits, allowed):
+    """Softmax over the last axis of the logits allowed; uniform in a row with nothing allowed.
 
     Its own derivative rule keeps one array for the backward pass, the probabilities;
-    differentiating ``jax.nn.softmax`` keeps the logits and their exponentials besides.
+    differentiating through the masking and the exponentials keeps three or four.
     """
+    # Finite, so that a row with nothing allowed has no NaN in its value or its gradient.
+    logits = jnp.where(allowed, logits, 0.7 * jnp.finfo(logits.dtype).min)
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     return weights * (1 / jnp.sum(weights, axis=-1, keepdims=True))
 
 
-@_softmax.defjvp
-def _softmax_jvp(primals, tangents):
-    probs = _softmax(*primals)
+@_masked_softmax.defjvp
+def _masked_softmax_jvp(primals, tangents):
+    probs = _masked_softmax(*primals)
     return probs, probs * (tangents[0] - jnp.sum(probs * tangents[0], axis=-1, keepdims=True))
