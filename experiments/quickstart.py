@@ -25,6 +25,7 @@ def get_config():
                 params=33e3,
                 tokens=2.0e6,
                 lr=6e-3,
+                tau=2.0,
                 batch_tokens=2048,
                 beta2=0.98,
                 width_per_layer=32.0,

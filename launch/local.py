@@ -65,6 +65,9 @@ def run_cell(study: Path, entry: dict, execution, on_metrics=None) -> str:
     with claim(folder) as free:
         if not free:
             return "busy"
+        if not folder.result.exists():
+            with open(folder.starts, "a") as starts:
+                starts.write(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} pid {os.getpid()}\n")
         return train(entry["config"], folder, execution, on_metrics)["status"]
 
 

@@ -93,4 +93,5 @@ class CellFolder:
         self.checkpoints = self.path / "checkpoints"
         self.lock = self.path / "lock"
         self.log = self.path / "log.txt"
+        self.starts = self.path / "starts.log"
         self.failure = self.path / "failure.json"

@@ -21,7 +21,7 @@ STATUSES = ("finished", "diverged", "failed", "preempted", "running", "planned")
 COLUMNS = {
     "study": "name of the study",
     "cell": "id of the cell: a hash of its config",
-    "run": "attempt at the cell, from 1",
+    "run": "number of the last attempt at the cell; 0 before the first",
     "family": "model family",
     "seed": "training seed (initialisation and data order)",
     "status": "one of " + ", ".join(STATUSES),
@@ -100,7 +100,7 @@ def cell_rows(manifest: Mapping, entry: Mapping, folder: CellFolder) -> list[dic
     base = {
         "study": manifest["study"],
         "cell": entry["id"],
-        "run": 1,
+        "run": len(folder.starts.read_text().splitlines()) if folder.starts.exists() else 0,
         "family": config["model"]["family"],
         "seed": config["train"]["seed"],
         "budget": entry["target"].get("flops"),
