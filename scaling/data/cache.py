@@ -17,7 +17,7 @@ from scaling.config import ConfigError
 from scaling.files import explain_os_error
 
 _VERSION = 1
-# Up to this size every open checks the content (about 0.1 s); above it, the sizes of the files alone.
+# Up to this size every open checks the content (0.3 s at most); above it, the sizes of the files alone.
 _CHECKED_BYTES = 256 * 2**20
 _ABANDONED_SECONDS = 86_400
 
