@@ -127,9 +127,10 @@ def newton(problem: Problem, p_BxK: np.ndarray, weights_BxR: np.ndarray, row_los
         here = Evaluation(*(getattr(at, f.name)[live] for f in dataclasses.fields(at)))
         step, promised, good, held = _newton_step(problem, p[live], here, damping[live])
         # exponents move at most 0.5 a step: the quadratic model knows nothing further away
+        step = np.where(good[:, None] & np.isfinite(step), step, 0.0)
         limit = np.abs(step[:, _nonlinear(problem)]).max(1, initial=0.0)
         step = step * np.minimum(1.0, 0.5 / np.maximum(limit, 1e-300))[:, None]
-        trial_p = np.clip(p[live] + np.where(good[:, None], step, 0.0), problem.lower_K, problem.upper_K)
+        trial_p = np.clip(p[live] + step, problem.lower_K, problem.upper_K)
         trial = problem.evaluate(trial_p, weights_BxR[live], row_loss)
         # below this much the objective cannot tell a better point from rounding
         noise = DECREMENT * here.value_B + floor[live]
