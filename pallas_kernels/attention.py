@@ -58,8 +58,9 @@ def dot_product_attention(
         that is unknown or not available.
     """
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
-    bias = None if bias is None else jnp.asarray(bias)
-    mask = None if mask is None else jnp.asarray(mask)
+    bias, mask, q_segment_ids, kv_segment_ids = (
+        None if x is None else jnp.asarray(x) for x in (bias, mask, q_segment_ids, kv_segment_ids)
+    )
     if q_segment_ids is not None and kv_segment_ids is None and q.ndim == k.ndim == 4:
         if q.shape[1] != k.shape[1]:
             raise ValueError(
@@ -145,9 +146,9 @@ def _bhtd_hint(q, k, fits_when_swapped):
 def _window(local_window_size):
     if local_window_size is None:
         return None
-    pair = (local_window_size,) * 2 if isinstance(local_window_size, int) else tuple(local_window_size)
+    pair = local_window_size if isinstance(local_window_size, (tuple, list)) else (local_window_size,) * 2
     if len(pair) != 2 or not all(isinstance(w, int) and not isinstance(w, bool) and w >= 0 for w in pair):
         raise ValueError(
             f"local_window_size is {local_window_size!r}; it must be an int of at least 0 or a pair of them"
         )
-    return pair
+    return tuple(pair)
