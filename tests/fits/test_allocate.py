@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import PLANTED, planted_loss, planted_table
+from fits_tables import PLANTED, planted_loss, planted_table
 from scipy.optimize import brentq, minimize_scalar
 
 import fits

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import PLANTED, planted_loss, planted_table
+from fits_tables import PLANTED, planted_loss, planted_table
 
 import fits
 

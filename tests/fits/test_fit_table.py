@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import planted_table
+from fits_tables import planted_table
 
 import fits
 from fits.table import clean, find_budgets, group_close

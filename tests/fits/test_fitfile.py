@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from conftest import planted_table
+from fits_tables import planted_table
 
 import fits
 from fits import fitfile

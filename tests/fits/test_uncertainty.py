@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import PLANTED, planted_table
+from fits_tables import PLANTED, planted_table
 
 import fits
 from fits.errors import FitError
