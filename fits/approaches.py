@@ -38,8 +38,9 @@ class Approach:
     Attributes:
       status: "ok", "refused", or the status of the surface fit. reasons: in words.
       intervals: "a", "b" -> {"estimate", "sd", "80", "95"}.
-      points: one dict per budget: budget, N, D, loss (None where refused), accepted, reason; for
-        approach 2 also parabola ([c0, c1, c2] of loss over natural log N), N_range and rows (input rows).
+      points: one dict per budget: budget, N, D, flops, loss (None where refused), accepted, reason; the
+        lines go through N and D over flops, the FLOPs counted at that N; for approach 2 also parabola
+        ([c0, c1, c2] of loss over natural log N), N_range and rows (input rows).
       bias: for approach 2, what parabolas read off the fitted surface on this very grid: {"a": their
         exponent less the surface's, "N_ratio": their N* over the surface's, per accepted budget}.
     """
@@ -150,7 +151,7 @@ def _frontier(name: str, points: list[dict], draws: Mapping[str, np.ndarray], re
     if len(good) < LEAST_BUDGETS:
         reasons = [f"refused: {len(good)} usable budgets, and a frontier needs {LEAST_BUDGETS}", *reasons]
         return Approach(name, "refused", reasons, points=points)
-    log_c = np.log([p["budget"] for p in good])
+    log_c = np.log([p["flops"] for p in good])
     if np.ptp(log_c) < np.log(2.0):
         reasons = ["refused: the usable budgets span less than a factor of two", *reasons]
         return Approach(name, "refused", reasons, points=points)
@@ -167,12 +168,11 @@ def _frontier(name: str, points: list[dict], draws: Mapping[str, np.ndarray], re
     )
 
 
-def _slopes(log_c_G, log_y_BxG, use_BxG) -> np.ndarray:
+def _slopes(log_c_BxG, log_y_BxG, use_BxG) -> np.ndarray:
     """Slope of each lane's straight line through its usable points; NaN with fewer than ``LEAST_BUDGETS``."""
     w = use_BxG.astype(float)
-    y = np.where(use_BxG, log_y_BxG, 0.0)
-    total = np.maximum(w.sum(1), 1.0)
-    dx = log_c_G - (w @ log_c_G / total)[:, None]
+    x, y = np.where(use_BxG, log_c_BxG, 0.0), np.where(use_BxG, log_y_BxG, 0.0)
+    dx = x - ((w * x).sum(1) / np.maximum(w.sum(1), 1.0))[:, None]
     spread = (w * dx**2).sum(1)
     with np.errstate(all="ignore"):
         slope = (w * dx * y).sum(1) / spread
@@ -215,6 +215,7 @@ def envelope(rows: Table, weights_BxR: np.ndarray) -> Approach:
             at_edge = len(members) > 1 and rows.params[i] in ends
             edge += at_edge
             point |= {"N": float(rows.params[i]), "D": float(rows.tokens[i]), "loss": float(rows.loss[i])}
+            point["flops"] = float(rows.flops[i])
             point["reason"] = "the winner is the smallest or largest size of its budget" if at_edge else ""
             point["row"] = int(rows.index[i])
         else:
@@ -222,35 +223,32 @@ def envelope(rows: Table, weights_BxR: np.ndarray) -> Approach:
         points.append(point)
     reasons = [f"{edge} of {len(chosen)} winners are at an end of their budget's sizes"] if edge else []
     draws = {key: np.full(len(weights_BxR), np.nan) for key in "ab"}
-    log_c = np.log(budgets)
     for lane, w in enumerate(weights_BxR):
         best = winners(np.where(w > 0, rows.loss, np.inf))
         use = np.array([g in best for g in range(len(budgets))])
         at = np.array([best.get(g, 0) for g in range(len(budgets))])
         for key, column in (("a", rows.params), ("b", rows.tokens)):
-            draws[key][lane] = _slopes(log_c, np.log(column[at])[None], use[None])[0]
+            draws[key][lane] = _slopes(np.log(rows.flops[at])[None], np.log(column[at])[None], use[None])[0]
     return _frontier("envelope", points, draws, reasons)
 
 
 def parabolas(rows: Table, draws: int, seed: int = 0, loss_R: np.ndarray | None = None) -> Approach:
     """Approach 2: at each budget a least-squares parabola of loss over log N; its vertex is N*.
 
-    D* is what the budget buys at N*, with the FLOPs per parameter and token of the nearest runs. A budget
-    is refused with a reason where it has too few sizes, where the parabola is concave, or where its vertex
-    lies outside the sizes trained. Intervals are from ``draws`` simulated tables: the parabolas plus
-    Student-t noise with the residual variance of all of them, degrees of freedom taken off (a handful of
-    points a budget is too few to resample).
+    D* and the FLOPs at N* are read between the neighbouring runs. A budget is refused with a reason where
+    it has too few sizes, where the parabola is concave, or where its vertex lies outside the sizes trained.
+    Intervals are from ``draws`` simulated tables: the parabolas plus Student-t noise with the residual
+    variance of all of them, degrees of freedom taken off (a handful of points is too few to resample).
     """
     loss = rows.loss if loss_R is None else loss_R
     groups, budgets = find_budgets(rows)
     points, curves = [], {}
-    ratio_G = np.full(len(budgets), np.nan)
     for g, c in enumerate(budgets):
         members = np.flatnonzero(groups == g)
         log_n = np.log(rows.params[members])
         point = {"budget": float(c), "N": None, "D": None, "loss": None, "accepted": False, "reason": ""}
-        point |= {"parabola": None, "N_range": [float(np.exp(log_n.min())), float(np.exp(log_n.max()))]}
-        point["rows"] = [int(i) for i in rows.index[members]]
+        point |= {"flops": None, "parabola": None, "rows": [int(i) for i in rows.index[members]]}
+        point["N_range"] = [float(np.exp(log_n.min())), float(np.exp(log_n.max()))]
         points.append(point)
         sizes = len(np.unique(group_close(rows.params[members])))
         if sizes < LEAST_SIZES:
@@ -259,36 +257,51 @@ def parabolas(rows: Table, draws: int, seed: int = 0, loss_R: np.ndarray | None 
         c_3 = np.polyfit(log_n, loss[members], 2)[::-1]
         point["parabola"] = [float(v) for v in c_3]
         point["reason"], vertex = _judge_parabola(c_3, log_n, float(np.median(loss[members])))
-        near = members[np.argsort(np.abs(log_n - vertex), kind="stable")[:2]]
-        ratio_G[g] = np.mean(rows.flops[near] / (rows.params[near] * rows.tokens[near]))
-        residual = loss[members] - np.polyval(c_3[::-1], log_n)
-        curves[g] = (log_n, loss[members] - residual, residual)
+        curves[g] = (log_n, np.polyval(c_3[::-1], log_n), loss[members])
         if not point["reason"]:
-            N, low = float(np.exp(vertex)), float(np.polyval(c_3[::-1], vertex))
-            point |= {"N": N, "D": float(c / (ratio_G[g] * N)), "loss": low, "accepted": True}
+            log_d, log_c = _between_runs(rows, members, np.array([vertex]))
+            point |= {
+                "N": float(np.exp(vertex)),
+                "D": float(np.exp(log_d[0])),
+                "flops": float(np.exp(log_c[0])),
+            }
+            point |= {"loss": float(np.polyval(c_3[::-1], vertex)), "accepted": True}
     refused = [p for p in points if not p["accepted"]]
     if len(refused) > 12:
         reasons = [f"{len(refused)} of {len(points)} groups of equal compute have no usable parabola"]
     else:
         reasons = [f"no minimum at {p['budget']:.3g} FLOPs: {p['reason']}" for p in refused]
     log_n_BxG = _simulated_vertices(curves, len(budgets), draws, seed)
-    log_d_BxG = np.log(budgets) - np.log(ratio_G) - log_n_BxG
+    log_d_BxG, log_c_BxG = np.full_like(log_n_BxG, np.nan), np.full_like(log_n_BxG, np.nan)
+    for g in curves:
+        members = np.flatnonzero(groups == g)
+        log_d_BxG[:, g], log_c_BxG[:, g] = _between_runs(rows, members, log_n_BxG[:, g])
     use = np.isfinite(log_n_BxG)
-    slopes = {k: _slopes(np.log(budgets), v, use) for k, v in (("a", log_n_BxG), ("b", log_d_BxG))}
+    slopes = {k: _slopes(log_c_BxG, v, use) for k, v in (("a", log_n_BxG), ("b", log_d_BxG))}
     return _frontier("isoFLOP parabolas", points, slopes, reasons)
 
 
+def _between_runs(rows: Table, members: np.ndarray, log_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """log D and log C at log N of one budget, straight lines between its runs (exact where C = 6ND)."""
+    order = members[np.argsort(rows.params[members], kind="stable")]
+    at = np.log(rows.params[order])
+    return np.interp(log_n, at, np.log(rows.tokens[order])), np.interp(log_n, at, np.log(rows.flops[order]))
+
+
 def _simulated_vertices(curves: Mapping[int, tuple], budgets: int, draws: int, seed: int) -> np.ndarray:
-    """log N of the vertex per simulated table and budget, [draws, budgets]; NaN where it would be refused."""
+    """log N of the vertex per simulated table and budget, [draws, budgets]; NaN where it would be refused.
+
+    ``curves``: per budget log N, the parabola there, and the losses, [rows] each.
+    """
     out = np.full((draws, budgets), np.nan)
-    freedom = sum(len(r) - 3 for _, _, r in curves.values())
+    freedom = sum(len(loss) - 3 for _, _, loss in curves.values())
     if not draws or freedom < 1:
         return out[:0]
     rng = np.random.default_rng(seed)
-    variance = sum(float((r**2).sum()) for _, _, r in curves.values()) / freedom
+    variance = sum(float(((loss - line) ** 2).sum()) for _, line, loss in curves.values()) / freedom
     sigma_B = np.sqrt(variance * freedom / rng.chisquare(freedom, draws))
-    for g, (log_n, fitted, _) in curves.items():
-        loss_BxR = fitted + sigma_B[:, None] * rng.standard_normal((draws, len(fitted)))
+    for g, (log_n, line, _) in curves.items():
+        loss_BxR = line + sigma_B[:, None] * rng.standard_normal((draws, len(line)))
         c2, c1, _ = np.polyfit(log_n, loss_BxR.T, 2)
         with np.errstate(all="ignore"):
             vertex = -c1 / (2 * c2)
@@ -319,8 +332,10 @@ def surface(fit: Fit) -> Approach:
     budgets = np.geomspace(low, high, 9)
     best = fit.optimum(budgets)
     points = [
-        {"budget": float(c), "N": float(n), "D": float(d), "loss": float(l), "accepted": True, "reason": ""}
-        for c, n, d, l in zip(budgets, best["N"], best["D"], best["loss"], strict=True)
+        {"budget": c, "flops": c, "N": n, "D": d, "loss": l, "accepted": True, "reason": ""}
+        for c, n, d, l in zip(
+            *(v.tolist() for v in (budgets, best["N"], best["D"], best["loss"])), strict=True
+        )
     ]
     a, b = float(exponents["a"]), float(exponents["b"])
     k_n, k_d = best["N"][0] / budgets[0] ** a, best["D"][0] / budgets[0] ** b
@@ -334,13 +349,17 @@ def parabola_bias(rows: Table, fit: Fit) -> dict:
     read = parabolas(rows, 0, loss_R=smooth)
     exact = fit.law.compute_exponents(fit.params)["a"]
     good = [p for p in read.points if p["accepted"]]
-    truth = fit.optimum([p["budget"] for p in good])["N"] if good else np.empty(0)
+    truth = fit.optimum([6 * p["N"] * p["D"] for p in good])["N"] if good else np.empty(0)
     ratio = [p["N"] / float(n) for p, n in zip(good, truth, strict=True)]
     return {"a": None if read.a is None else read.a - float(exact), "N_ratio": ratio}
 
 
 def conventions(table: Any, rows: Table, reading: Mapping, fit_options: Mapping) -> list[dict]:
-    """The exponents under each counting convention whose columns the table has."""
+    """The exponents under each counting convention whose columns the table has.
+
+    Parabolas are drawn over that N and lined up over that count of FLOPs; the surface is fitted in that
+    N, and its exponents are under C = 6 N D with it.
+    """
     out = []
     renamed = dict(reading["columns"] or {})
     for name, (n_column, c_column) in CONVENTIONS.items():

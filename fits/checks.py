@@ -18,6 +18,7 @@ STARVED = 1.0  # tokens a parameter: below one the surface bends away from a sum
 OUTLIER = 5.0  # robust standard deviations of the residuals
 FEW_FREEDOM = 5
 FEW_CLUSTERS = 10  # a resample of fewer often holds too few different sizes to fit
+DELTA_FACTOR = 5.0  # Huber's width over the median residual, either way
 WIDE_EXPONENT = 0.5  # standard deviation of an exponent over its estimate
 FAILED_SHARE = 0.01
 BOUND_SHARE = 0.05
@@ -105,6 +106,8 @@ def fit_flags(
     converged_B: np.ndarray,
     bound_share: float,
     deviations: Mapping[str, float | None],
+    delta: float | None,
+    residual_R: np.ndarray,
     flags_R: Sequence[Sequence[str]],
 ) -> list[dict[str, str]]:
     """Flags of the fit, the gravest first.
@@ -112,7 +115,7 @@ def fit_flags(
     Args:
       dependence: from ``uncertainty.intraclass``. converged_B: per resample; empty without a bootstrap.
       bound_share: share of resamples that ended at a bound. deviations: standard deviation by quantity.
-      flags_R: from ``row_flags``.
+      delta: Huber's width, None for other losses. flags_R: from ``row_flags``.
     """
     out = []
     if point.status in ("not identified", "unconverged"):
@@ -132,6 +135,7 @@ def fit_flags(
                 f"{len(table)} rows for {len(law.parameters)} parameters: {free} degrees of freedom",
             )
         )
+    out += _width_flags(delta, residual_R)
     out += _bootstrap_flags(law, point, converged_B, bound_share, deviations)
     out += _cluster_flags(table, cluster, dependence)
     for word, text in (
@@ -144,6 +148,19 @@ def fit_flags(
         if count:
             out.append(flag(word, f"{count} of {len(table)} {text}"))
     return out
+
+
+def _width_flags(delta: float | None, residual_R) -> list[dict]:
+    """What a Huber loss amounts to when its width is far from the residuals."""
+    typical = float(np.median(np.abs(residual_R)))
+    if delta is None or typical < ROUNDING:
+        return []
+    text = f"Huber's delta {delta:g} is {{}} the typical residual of {typical:.2g}: in effect {{}}"
+    if delta < typical / DELTA_FACTOR:
+        return [flag("delta_small", text.format("far below", "least absolute deviations"))]
+    if delta > typical * DELTA_FACTOR:
+        return [flag("delta_large", text.format("far above", "least squares"))]
+    return []
 
 
 def _bootstrap_flags(law: Law, point: PointFit, converged_B, bound_share: float, deviations) -> list[dict]:

@@ -82,7 +82,7 @@ def fit_table(
     row_flags = checks.row_flags(rows, residual)
     flags = checks.fit_flags(
         law, rows, point, cluster_name, dependence, converged, _bound_share(problem, p_BxK[converged]),
-        {k: v["sd"] for k, v in intervals.items()}, row_flags,
+        {k: v["sd"] for k, v in intervals.items()}, delta if loss == "huber" else None, residual, row_flags,
     )  # fmt: skip
     _write_rows(rows, problem, residual, ids, row_flags)
     covariance = np.cov(draws.T).tolist() if len(draws) > len(law.parameters) else None

@@ -247,7 +247,7 @@ def _bounded_least_squares(gram, n, lower_n, constant_n):
 
 
 def point_starts(problem: Problem, weights_R: np.ndarray, count: int, per_axis: int = 16) -> np.ndarray:
-    """Independent starts [S, K]: local minima of the profile first, then points spread over the grid."""
+    """Independent starts [S, K]: the best point of the profile, then good ones far from those taken."""
     if not isinstance(problem, PowerSumProblem):
         x = {v: np.exp(z) for v, z in problem.log_x.items()}
         starts = problem.law.starts(x, problem.y_R)
@@ -260,14 +260,24 @@ def point_starts(problem: Problem, weights_R: np.ndarray, count: int, per_axis: 
     rss, p = rss[0], p[0]
     order = np.argsort(rss, kind="stable")
     order = order[np.isfinite(rss[order])] if np.isfinite(rss).any() else order
+    return p[_far_apart(np.log(grid[order]), order, count)]
+
+
+def _far_apart(log_grid, order, count: int) -> list[int]:
+    """The first of ``order``, then the next ones that lie far from all taken, ever less far till enough."""
     chosen: list[int] = []
-    spread = 0.25 * np.ptp(np.log(grid), axis=0).max()
-    for least in (spread, spread / 2, spread / 4, 0.0):  # best first, but far apart
-        for i in order:
-            distances = [np.abs(np.log(grid[i] / grid[j])).max() for j in chosen]
-            if len(chosen) < count and i not in chosen and (not distances or min(distances) >= least):
-                chosen.append(i)
-    return p[chosen]
+    nearest = np.full(len(order), np.inf)
+    spread = 0.25 * np.ptp(log_grid, axis=0).max()
+    for least in (spread, spread / 2, spread / 4, 0.0):
+        while len(chosen) < min(count, len(order)):
+            far = (nearest >= least) & (nearest >= 0)
+            if not far.any():
+                break
+            k = int(np.argmax(far))
+            chosen.append(int(order[k]))
+            nearest = np.minimum(nearest, np.abs(log_grid - log_grid[k]).max(1))
+            nearest[k] = -1.0
+    return chosen
 
 
 def solve(

@@ -159,9 +159,9 @@ def test_refusals():
 
 
 def test_exponent_under_each_counting_convention():
-    """N without embeddings: 64 d subtracted where d ~ N^(1/3), so the exponent under it is steeper."""
-    table = iso_table(np.geomspace(1e18, 1e22, 6), SYMMETRIC, noise=5e-4)
-    inner = table["params"] - 2e3 * table["params"] ** (2 / 3) * 0.3
+    """N without embeddings, 150 N^(2/3) of them: the exponent under that count is another one."""
+    table = iso_table(np.geomspace(1e18, 1e22, 6), SYMMETRIC, noise=1e-4)
+    inner = table["params"] - 150 * table["params"] ** (2 / 3)
     table |= {
         "params_total": table["params"], "params_nonembedding": inner,
         "flops_6N_total": 6 * table["params"] * table["tokens"],
@@ -176,6 +176,14 @@ def test_exponent_under_each_counting_convention():
     assert math.isclose(rows["6 N_nonembedding D"]["a"], alone.intervals["a"]["estimate"], rel_tol=1e-9)
     assert abs(rows["6 N_nonembedding D"]["a"] - rows["6 N_total D"]["a"]) > 1e-3
     assert math.isclose(rows["exact"]["a"], got.approaches["3"].a, rel_tol=1e-9)
+    # parabolas: the true optimum of each budget, recounted; its slope over the recounted FLOPs
+    N = fits.get_law("chinchilla").optimum(PLANTED, np.geomspace(1e18, 1e22, 6))["N"]
+    recounted = N - 150 * N ** (2 / 3)
+    flops = recounted / N * np.geomspace(1e18, 1e22, 6)
+    slope = np.polyfit(np.log(flops), np.log(recounted), 1)[0]
+    # what parabolas over recounted sizes shift by, and 1e-4 of noise
+    assert abs(rows["6 N_nonembedding D"]["approach_2_a"] - slope) < 0.006
+    assert abs(slope - TRUE_A) > 0.015, "the convention should matter, else this tests nothing"
 
 
 def test_comparison_is_json(epoch):

@@ -190,6 +190,14 @@ def test_flags_of_small_and_narrow_tables():
     )
 
 
+def test_a_delta_far_from_the_residuals_is_said():
+    table = planted_table(noise=2e-2)
+    assert "delta_small" in codes(fits.fit_table(table, **QUIET))
+    assert "delta_large" in codes(fits.fit_table(table, delta=1.0, **QUIET))
+    for calm in ({"delta": 1e-2}, {"loss": "lad"}, {"loss": "least_squares"}):
+        assert not {"delta_small", "delta_large"} & set(codes(fits.fit_table(table, **calm, **QUIET)))
+
+
 def test_sensitivity_drops_each_budget():
     table = planted_table(noise=2e-3)
     fit = fits.fit_table(table, bootstraps=60)
