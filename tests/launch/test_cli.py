@@ -28,9 +28,9 @@ def scaling(*args, cwd, check=0, **kwargs):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         **kwargs,
     )
-    assert out.returncode == check, out.stdout + out.stderr
+    assert out.returncode in (check if isinstance(check, tuple) else (check,)), out.stdout + out.stderr
     assert "Traceback" not in out.stderr
-    return out.stdout if check == 0 else out.stdout + out.stderr
+    return out.stdout + (out.stderr if out.returncode else "")
 
 
 def refused(*args, cwd):
@@ -47,7 +47,8 @@ def done(corpus, tmp_path_factory):
     (folder / "tiny.json").write_text(json.dumps(tiny(corpus)))
     scaling("plan", "tiny.json", "--study", "s", "--no-estimate", cwd=folder)
     scaling("run", "s", cwd=folder)
-    scaling("fit", "s", "--bootstraps", 50, "--law", "power_C", cwd=folder)
+    # six runs of two budgets determine little: the exit code may say so
+    scaling("fit", "s", "--bootstraps", 50, "--law", "power_C", cwd=folder, check=(0, 1))
     return folder
 
 

@@ -63,6 +63,12 @@ def test_batch_rule():
     wide = batch_sequences(RECIPE, 2e7 * 2 ** (2 / 0.383), 128)
     assert wide == 128
     assert batch_sequences(RECIPE, 1.0, 128) == 1
+    tokens = np.geomspace(2e6, 2e12, 300)
+    got = np.array([batch_sequences(RECIPE, d, 128) for d in tokens])
+    rule = 32 * (tokens / 2e7) ** 0.383
+    assert np.all(np.diff(got) >= 0)
+    # half the gap from 2 to 3 in ratio, the widest of the ladder
+    assert np.max(np.abs(np.log(got / rule))) <= np.log(1.5) / 2 + 1e-9
 
 
 @settings(max_examples=60, deadline=None)

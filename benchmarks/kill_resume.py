@@ -1,0 +1,108 @@
+"""Kills ``scaling run`` at random moments and shows that the final numbers do not change.
+
+One small study is trained twice: once undisturbed, once with SIGKILL sent to the whole process
+group at random moments (checkpoints are saved every few steps, so that many kills fall into a
+save), then resumed to the end. Result, metrics and config files must be byte-identical.
+
+    python benchmarks/kill_resume.py [--kills 10] [--seed 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+SCALING = [sys.executable, "-m", "launch.cli"]
+CONFIG = {
+    "name": "kills",
+    "grid": {"kind": "isoflop", "budgets": [2e9, 4e9], "params": [6.5e3, 20e3, 40e3], "min_steps": 20},
+    "model": {"head_dim": 12},
+    "data": {"source": "stdlib", "seq": 64},
+    "recipe": {
+        "params": 33e3,
+        "tokens": 2e5,
+        "lr": 6e-3,
+        "batch_tokens": 128,
+        "width_per_layer": 28.0,
+        "width_multiple": 12,
+        "ffn_multiple": 8,
+    },
+    "eval": {"sequences": 64, "points": 2},
+}
+SAVE_EVERY = "4"
+FILES = ("result.json", "metrics.jsonl", "config.json")
+
+
+def scaling(*args: str) -> None:
+    subprocess.run([*SCALING, *args], check=True, stdout=subprocess.DEVNULL)
+
+
+def kill_once(study: Path, seconds: float) -> dict:
+    """Starts `scaling run`, kills its process group after a while; says what stood on disk then."""
+    process = subprocess.Popen(
+        [*SCALING, "run", str(study), "--checkpoint-steps", SAVE_EVERY],
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    time.sleep(seconds)
+    ended = process.poll() is not None
+    if not ended:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    cells = study / "cells"
+    torn = [p for p in cells.glob("*/checkpoints/*") if not p.name.isdigit()]
+    done = len(list(cells.glob("*/result.json")))
+    return {"after_seconds": round(seconds, 2), "ended": ended, "cells_done": done, "torn_saves": len(torn)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    args = parser.parse_args()
+    rng = np.random.default_rng(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        config, whole, killed = (Path(folder) / n for n in ("config.json", "whole", "killed"))
+        config.write_text(json.dumps(CONFIG))
+        for study in (whole, killed):
+            scaling("plan", str(config), "--study", str(study), "--no-estimate")
+        start = time.perf_counter()
+        scaling("run", str(whole), "--checkpoint-steps", SAVE_EVERY)
+        undisturbed = time.perf_counter() - start
+        kills = []
+        while len(kills) < args.kills:
+            kill = kill_once(killed, rng.uniform(3.0, 3.0 + 0.25 * undisturbed))
+            if kill["ended"]:
+                break
+            kills.append(kill)
+            print(f"kill {len(kills)}: {kill}", flush=True)
+        scaling("run", str(killed), "--checkpoint-steps", SAVE_EVERY)
+        differing = []
+        for cell in sorted(p.name for p in (whole / "cells").iterdir()):
+            for name in FILES:
+                a, b = ((s / "cells" / cell / name).read_bytes() for s in (whole, killed))
+                if a != b:
+                    differing.append(f"{cell}/{name}")
+        cells = len(list((whole / "cells").iterdir()))
+    torn = sum(k["torn_saves"] > 0 for k in kills)
+    print(
+        f"{len(kills)} kills over {cells} cells, {torn} of them inside a save; undisturbed {undisturbed:.0f} s"
+    )
+    print("byte-identical" if not differing else f"DIFFERENT: {differing}")
+    if args.json:
+        args.json.write_text(json.dumps({"kills": kills, "cells": cells, "differing": differing}, indent=1))
+    return bool(differing) or len(kills) < args.kills
+
+
+if __name__ == "__main__":
+    sys.exit(main())
