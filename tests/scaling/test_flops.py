@@ -238,7 +238,7 @@ MEMORY_CASES = {
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("name", MEMORY_CASES)
 def test_memory_estimate_is_near_what_xla_sets_aside(name, remat):
-    """0.81 (bfloat16, jaxlib 0.10.2) to 1.33 was seen; the bounds leave room for another version's buffers."""
+    """0.81 (bfloat16, jaxlib 0.10.2) to 1.33 was seen; the bounds leave room for other versions."""
     changes, batch_size, seq = MEMORY_CASES[name]
     cfg = model(**changes)
     apply, params = build(cfg, seed=0, remat=remat)
