@@ -85,7 +85,8 @@ def fit_table(
         {k: v["sd"] for k, v in intervals.items()}, delta if loss == "huber" else None, residual, row_flags,
     )  # fmt: skip
     _write_rows(rows, problem, residual, ids, row_flags)
-    covariance = np.cov(draws.T).tolist() if len(draws) > len(law.parameters) else None
+    with np.errstate(all="ignore"):  # what overflows is written as null
+        covariance = np.cov(draws.T).tolist() if len(draws) > len(law.parameters) else None
     data = {"hash": rows.hash, "rows": len(rows.rows), "columns": rows.columns, "units": rows.units}
     fit = Fit(
         law=law, params=point.params, status=point.status, reasons=point.reasons, flags=flags,

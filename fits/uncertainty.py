@@ -117,7 +117,8 @@ def interval(draws: np.ndarray, estimate: float) -> dict[str, Any]:
         )
     out: dict[str, Any] = {"estimate": float(estimate), "sd": None, "80": None, "95": None}
     if len(draws) >= 20:  # below that no 95 % interval can be read off
-        out["sd"] = float(draws.std(ddof=1))
+        scale = float(np.abs(draws).max()) or 1.0  # a coefficient's tail may overflow when squared
+        out["sd"] = scale * float((draws / scale).std(ddof=1))
         for level, ends in LEVELS.items():
             out[level] = [float(q) for q in np.quantile(draws, ends)]
     return out

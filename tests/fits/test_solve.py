@@ -37,7 +37,7 @@ def plain_objective(table, theta, delta=1e-3, space="log"):
     return np.where(np.abs(r) <= delta, 0.5 * r**2, delta * (np.abs(r) - 0.5 * delta)).sum()
 
 
-# --- published tables: the targets, to five significant digits unless fewer are given ---
+# --- published tables: reference optima, to as many digits as they are known ---
 
 TARGETS = {
     "huber": ({}, (1.817218, 477.826, 2143.417, 0.3473105, 0.3671724), 5),
