@@ -95,9 +95,8 @@ def main() -> int:
                     differing.append(f"{cell}/{name}")
         cells = len(list((whole / "cells").iterdir()))
     torn = sum(k["torn_saves"] > 0 for k in kills)
-    print(
-        f"{len(kills)} kills over {cells} cells, {torn} of them inside a save; undisturbed {undisturbed:.0f} s"
-    )
+    print(f"{len(kills)} kills over {cells} cells, {torn} of them inside a save; ", end="")
+    print(f"undisturbed {undisturbed:.0f} s")
     print("byte-identical" if not differing else f"DIFFERENT: {differing}")
     if args.json:
         args.json.write_text(json.dumps({"kills": kills, "cells": cells, "differing": differing}, indent=1))
