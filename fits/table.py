@@ -59,30 +59,18 @@ class Table:
 
 
 def read_table(path: str | pathlib.Path):
-    """Reads a CSV, Parquet or JSON-lines file as a DataFrame.
+    """Reads a study folder, or a CSV, Parquet or JSON-lines file, as a DataFrame.
 
     Raises:
-      FitError: the file is missing, unreadable, empty, or of another kind.
+      FitError: the path is missing, unreadable, empty, or of another kind.
     """
-    import pandas as pd
+    from scaling.records import StudyError
+    from scaling.records import read_table as read
 
-    path = pathlib.Path(path)
-    readers = {
-        ".csv": pd.read_csv, ".tsv": lambda p: pd.read_csv(p, sep="\t"), ".parquet": pd.read_parquet,
-        ".jsonl": lambda p: pd.read_json(p, lines=True),
-    }  # fmt: skip
-    if path.suffix.lower() not in readers:
-        raise FitError(f"{path} ends in {path.suffix!r}; a run table is a file in {', '.join(readers)}")
-    if not path.is_file():
-        raise FitError(f"{path} is not a file; give a run table in {', '.join(readers)}")
     try:
-        table = readers[path.suffix.lower()](path)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FitError(f"{path} cannot be read as a table: {reason}") from error
-    if not len(table):
-        raise FitError(f"{path} has no rows; a run table has one row a run")
-    return table
+        return read(path)
+    except StudyError as error:
+        raise FitError(str(error)) from error
 
 
 def clean(

@@ -13,7 +13,7 @@ from scaling.config import ConfigError
 from scaling.files import StudyError, read_json, write_json
 from scaling.flops import ledger
 from scaling.recipe import FlopsOfSize, recipe_from_config, shape
-from scaling.records import collect, read_manifest, read_table
+from scaling.records import read_manifest, read_table
 
 LOSSES = {"huber": "huber", "lad": "lad", "lsq": "least_squares"}
 
@@ -33,7 +33,7 @@ def is_study(path: Path) -> bool:
 
 def fit(table: Path, options: dict) -> Fitted:
     """Fits a law to a study folder or a table file, and compares approaches 1, 2 and 3."""
-    rows = study_rows(table) if is_study(table) else read_table(table)
+    rows = read_table(table)
     columns = parse_pairs("--map", options["columns"].split(",") if options["columns"] else [])
     fixed = {k: to_number("--fixed", k, v) for k, v in parse_pairs("--fixed", options["fixed"]).items()}
     settings = dict(
@@ -46,7 +46,6 @@ def fit(table: Path, options: dict) -> Fitted:
         token_unit=options["token_unit"],
         param_unit=options["param_unit"],
         seed=options["seed"],
-        exclude=exclusions(rows),
     )
     result = fits.fit_table(rows, options["law"], fixed=fixed, source=str(table), **settings)
     if set(result.law.variables) != {"N", "D"}:
@@ -55,21 +54,11 @@ def fit(table: Path, options: dict) -> Fitted:
         compared = fits.approaches(
             rows,
             fit=result,
-            **{k: settings[k] for k in ("columns", "token_unit", "param_unit", "seed", "exclude")},
+            **{k: settings[k] for k in ("columns", "token_unit", "param_unit", "seed")},
         )
     except fits.FitError as error:
         return Fitted(result, None, str(error))
     return Fitted(result, compared, None)
-
-
-def study_rows(study: Path):
-    """The run table of a study."""
-    return collect(study)
-
-
-def exclusions(rows) -> list[str]:
-    """The declared rules for our own tables: only a cell's last evaluation lies at its own D."""
-    return ["final == False"] if "final" in rows.columns else []
 
 
 def parse_pairs(option: str, items) -> dict[str, str]:

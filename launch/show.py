@@ -224,6 +224,7 @@ def run_summary(console: Console, study: Path) -> None:
 
 def estimate(manifest: dict) -> dict:
     """Time and memory of every cell on this device."""
+    from launch.local import default_workers
     from scaling.estimate import estimate_cells
 
-    return estimate_cells(manifest["cells"])
+    return estimate_cells(manifest["cells"], default_workers(len(manifest["cells"])))

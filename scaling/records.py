@@ -209,6 +209,7 @@ def check_cells(study: Path | str) -> None:
 
 READERS = {
     ".csv": pd.read_csv,
+    ".tsv": lambda path: pd.read_csv(path, sep="\t"),
     ".parquet": pd.read_parquet,
     ".jsonl": lambda path: pd.read_json(path, lines=True),
 }
@@ -218,19 +219,24 @@ def read_table(path: Path | str) -> pd.DataFrame:
     """Reads a run table: a study folder, or a CSV, Parquet or JSON-lines file of any framework.
 
     Raises:
-      StudyError: the path does not exist, cannot be read or is of another kind.
+      StudyError: the path is missing, unreadable, empty or of another kind.
     """
     path = Path(path)
-    if path.is_dir():
+    kinds = ", ".join(READERS)
+    if (path / "manifest.json").exists():
         return collect(path)
-    if not path.exists():
-        raise StudyError(f"{path} does not exist; give a study folder or a .csv, .parquet or .jsonl table")
-    if path.suffix not in READERS:
-        raise StudyError(f"{path} ends in {path.suffix!r}; a run table ends in {', '.join(READERS)}")
+    if path.suffix.lower() not in READERS:
+        raise StudyError(f"{path} ends in {path.suffix!r}; give a study folder or a file in {kinds}")
+    if not path.is_file():
+        raise StudyError(f"{path} is not a file; give a study folder or a run table in {kinds}")
     try:
-        return READERS[path.suffix](path)
+        table = READERS[path.suffix.lower()](path)
     except Exception as error:  # pandas raises a kind per format; the user needs the file and the words
-        raise StudyError(f"{path} cannot be read as a table: {error}") from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise StudyError(f"{path} cannot be read as a table: {reason}") from error
+    if not len(table):
+        raise StudyError(f"{path} has no rows; a run table has one row a run")
+    return table
 
 
 def write_table(table: pd.DataFrame, path: Path | str) -> None:
@@ -247,5 +253,5 @@ def write_table(table: pd.DataFrame, path: Path | str) -> None:
     elif path.suffix == ".jsonl":
         content = table.to_json(orient="records", lines=True)
     else:
-        raise StudyError(f"{path} ends in {path.suffix!r}; a run table ends in {', '.join(READERS)}")
+        raise StudyError(f"{path} ends in {path.suffix!r}; write a run table as .csv, .parquet or .jsonl")
     write_whole(path, content)

@@ -182,9 +182,9 @@ def test_fit_recovers_a_planted_law(tmp_path):
 
 def test_bad_tables_end_in_one_sentence(tmp_path):
     table = write_table(tmp_path / "t.csv")
-    assert "no-such.csv does not exist" in refused("fit", "no-such.csv", cwd=tmp_path)
+    assert "no-such.csv is not a file" in refused("fit", "no-such.csv", cwd=tmp_path)
     (tmp_path / "t.xlsx").write_text("")
-    assert "a run table ends in .csv" in refused("fit", "t.xlsx", cwd=tmp_path)
+    assert "give a study folder or a file in .csv" in refused("fit", "t.xlsx", cwd=tmp_path)
     table.drop(columns="loss").to_csv(tmp_path / "noloss.csv", index=False)
     assert "loss" in refused("fit", "noloss.csv", cwd=tmp_path)
     table.assign(tokens=table.tokens / 1e9).drop(columns="flops").to_csv(
