@@ -75,7 +75,7 @@ JAX_NN_CASES = {
 
 
 @pytest.mark.parametrize("case", JAX_NN_CASES)
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=str)
 def test_equals_jax_nn(case, heads):
     q, k, v, dout = make(N=heads[0], K=heads[1])
     ours = with_gradients(dot_product_attention, q, k, v, dout, **JAX_NN_CASES[case])
@@ -136,7 +136,7 @@ def problems(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(problems())
 def test_float64_equals_loops_and_reference(problem):
     (q, k, v, dout), options, window, cap, q_seg, kv_seg = problem

@@ -27,6 +27,12 @@ def model(**changes):
     return validate_section("model", {**BASE, **changes})
 
 
+def built(cfg, seed=0, **options):
+    """``build`` with a jitted ``apply``."""
+    apply, params = build(cfg, seed=seed, **options)
+    return jax.jit(apply), params
+
+
 def rows(seed=0, vocab=61):
     """Tokens, segments (two documents, then padding in row 1) and positions."""
     tokens = np.random.default_rng(seed).integers(0, vocab, (B, T)).astype(np.int32)
@@ -92,17 +98,17 @@ def in_numpy(params, cfg, tokens, segments, positions):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_equal_the_model_written_out_in_numpy(name):
     cfg = model(**CONFIGS[name])
-    apply, params = build(cfg, seed=3)
+    apply, params = built(cfg, seed=3)
     params = shaken(params)
-    logits = jax.jit(apply)(params, *rows())
+    logits = apply(params, *rows())
     assert logits.shape == (B, T, 61) and logits.dtype == jnp.float32
     # Three layers of sums of 48 terms at float32's 1.2e-7, on logits of size about one.
     np.testing.assert_allclose(np.asarray(logits), in_numpy(params, cfg, *rows()), rtol=1e-4, atol=2e-5)
 
 
 def test_bfloat16_compute_is_near_float32_and_its_parameters_are_float32():
-    apply, params = build(model(), seed=0)
-    apply16, params16 = build(model(dtype="bfloat16"), seed=0)
+    apply, params = built(model())
+    apply16, params16 = built(model(dtype="bfloat16"))
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(params16), strict=True):
         assert b.dtype == jnp.float32
         np.testing.assert_array_equal(a, b)
@@ -116,8 +122,8 @@ def test_bfloat16_compute_is_near_float32_and_its_parameters_are_float32():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_scan_and_loop_have_one_parameter_tree_and_one_function(dtype):
     cfg = model(dtype=dtype)
-    scanned, params = build(cfg, seed=0)
-    looped, same = build(cfg, seed=0, unroll=True)
+    scanned, params = built(cfg)
+    looped, same = built(cfg, unroll=True)
     assert jax.tree.structure(params) == jax.tree.structure(same)
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(same), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -173,7 +179,7 @@ def test_an_unknown_remat_policy_is_refused():
 
 
 def test_no_token_sees_the_future_or_another_document():
-    apply, params = build(model(), seed=0)
+    apply, params = built(model())
     tokens, segments, positions = rows()
     base = np.asarray(apply(params, tokens, segments, positions))
     for t in range(T):
@@ -187,7 +193,7 @@ def test_no_token_sees_the_future_or_another_document():
 
 
 def test_packed_documents_score_as_they_do_alone():
-    apply, params = build(model(), seed=0)
+    apply, params = built(model())
     tokens, segments, positions = rows()
     packed = np.asarray(apply(params, tokens, segments, positions))
     for part in (slice(0, 7), slice(7, 12)):
@@ -197,8 +203,8 @@ def test_packed_documents_score_as_they_do_alone():
 
 
 def test_cross_document_reads_the_row_as_one_stream():
-    apply, params = build(model(cross_document=True), seed=0)
-    within, _ = build(model(), seed=0)
+    apply, params = built(model(cross_document=True))
+    within, _ = built(model())
     tokens, segments, positions = rows()
     np.testing.assert_array_equal(apply(params, tokens, segments, positions), apply(params, tokens))
     np.testing.assert_array_equal(apply(params, tokens), within(params, tokens))
@@ -263,7 +269,7 @@ def test_initial_loss_is_that_of_a_uniform_guess():
     """Logits near unit variance at most: log V to log V + 1/2 (the mean of exp of a unit normal)."""
     for changes in ({}, {"tied": False}):
         cfg = model(d_model=128, heads=8, kv_heads=8, head_dim=16, ffn_dim=344, vocab=256, **changes)
-        apply, params = build(cfg, seed=0)
+        apply, params = built(cfg)
         tokens = np.random.default_rng(0).integers(0, 256, (8, 65))
         log_p = np.asarray(jax.nn.log_softmax(apply(params, tokens[:, :-1])))
         loss = -np.take_along_axis(log_p, tokens[:, 1:, None], axis=-1).mean()
