@@ -24,10 +24,10 @@ def get_config():
             recipe=dict(
                 params=33e3,
                 tokens=2.0e6,
-                lr=6e-3,
+                lr=4.5e-3,
                 tau=3.0,
-                batch_tokens=2048,
-                beta2=0.98,
+                batch_tokens=1024,
+                beta2=0.99,
                 width_per_layer=28.0,
                 width_multiple=12,
                 ffn_multiple=8,

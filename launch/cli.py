@@ -108,12 +108,19 @@ def plan(config, study, overrides, grow, dry_run, no_estimate, as_json):
 @click.argument("study", type=click.Path(path_type=Path))
 @click.option("--cell", "cells", multiple=True, metavar="ID", help="Train only this cell, in this process.")
 @click.option("--workers", type=click.IntRange(min=1), help="Worker processes (default: one a CPU core).")
+@click.option(
+    "--cores-per-worker",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="CPU only; the last bits of a result depend on it.",
+)
 @click.option("--checkpoint-seconds", type=float, default=60.0, show_default=True)
 @click.option("--checkpoint-steps", type=click.IntRange(min=1), help="Save also every so many steps.")
 @click.option("--remat", type=click.Choice(["none", "full", "dots"]), default="none", show_default=True)
 @click.option("--wandb", type=click.Choice(["off", "offline", "online"]), default="off", show_default=True)
 @json_option
-def run(study, cells, workers, checkpoint_seconds, checkpoint_steps, remat, wandb, as_json):
+def run(study, cells, workers, cores_per_worker, checkpoint_seconds, checkpoint_steps, remat, wandb, as_json):
     """Train every cell of STUDY that is not finished; run it again after any interruption.
 
     A killed run goes on from its checkpoints to the same numbers. Several `scaling run` on one
@@ -136,9 +143,9 @@ def run(study, cells, workers, checkpoint_seconds, checkpoint_steps, remat, wand
     options = ["--checkpoint-seconds", str(checkpoint_seconds), "--remat", remat, "--wandb", wandb]
     options += ["--checkpoint-steps", str(checkpoint_steps)] if checkpoint_steps else []
     options += [x for c in cells for x in ("--cell", c)]
-    count = workers or local.default_workers(len(todo))
+    count = workers or local.default_workers(len(todo), cores_per_worker)
     with show.progress_bars(console, study, quiet=as_json) as on_poll:
-        code = local.run_study(study, count, options, on_poll)
+        code = local.run_study(study, count, options, on_poll, cores_per_worker)
     emit(as_json, {"outcome": "done", "cells": progress(study)}, lambda: show.run_summary(console, study))
     return code
 

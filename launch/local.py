@@ -107,26 +107,37 @@ def try_cell(study: Path, entry: dict, execution, attempts: dict) -> str:
     return "failed"
 
 
-def default_workers(cells: int) -> int:
-    """Workers for this machine: one a CPU core, or one where an accelerator is present."""
-    accelerators = [
-        *Path("/dev").glob("nvidia[0-9]*"),
-        *Path("/dev").glob("accel*"),
-        *Path("/dev").glob("vfio/[0-9]*"),
-    ]
-    if accelerators and os.environ.get("JAX_PLATFORMS", "") != "cpu":
+def has_accelerator() -> bool:
+    """Whether a GPU or TPU is here to be used; asks no driver, so that no process claims it."""
+    if os.environ.get("JAX_PLATFORMS", "") == "cpu":
+        return False
+    patterns = ("nvidia[0-9]*", "accel*", "vfio/[0-9]*")
+    return any(any(Path("/dev").glob(p)) for p in patterns)
+
+
+def default_workers(cells: int, cores_per_worker: int = 1) -> int:
+    """Workers for this machine: as many as its CPU cores hold, or one where an accelerator is present."""
+    if has_accelerator():
         return 1
-    return max(1, min(cells, len(os.sched_getaffinity(0))))
+    return max(1, min(cells, len(os.sched_getaffinity(0)) // cores_per_worker))
 
 
-def start_workers(study: Path, count: int, options: list[str]) -> list[subprocess.Popen]:
-    """Starts worker processes; on a CPU each is bound to its own cores."""
+def start_workers(
+    study: Path, count: int, options: list[str], cores_per_worker: int
+) -> list[subprocess.Popen]:
+    """Starts worker processes; on a CPU each is bound to its own cores.
+
+    XLA's CPU backend splits its sums by the number of cores it sees, so that the last bits of a
+    result depend on it: one core a worker, by default, gives the same numbers on every machine
+    whatever the number of workers.
+    """
     cores = sorted(os.sched_getaffinity(0))
     workers = []
     for i in range(count):
-        mine = cores[i::count] or cores
-        command = [sys.executable, "-m", "launch.worker", str(study), *options]
-        command += ["--cores", ",".join(map(str, mine)), "--parent", str(os.getpid())]
+        command = [sys.executable, "-m", "launch.worker", str(study), *options, "--parent", str(os.getpid())]
+        if not has_accelerator():
+            mine = [cores[(i * cores_per_worker + k) % len(cores)] for k in range(cores_per_worker)]
+            command += ["--cores", ",".join(map(str, mine))]
         with open(study / f"worker-{i}.log", "wb") as log:
             workers.append(
                 subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log)
@@ -134,7 +145,7 @@ def start_workers(study: Path, count: int, options: list[str]) -> list[subproces
     return workers
 
 
-def run_study(study: Path, count: int, options: list[str], on_poll) -> int:
+def run_study(study: Path, count: int, options: list[str], on_poll, cores_per_worker: int = 1) -> int:
     """Runs workers until every cell that can be done is done.
 
     Args:
@@ -142,6 +153,7 @@ def run_study(study: Path, count: int, options: list[str], on_poll) -> int:
       count: number of worker processes.
       options: command-line options passed to the workers.
       on_poll: called about twice a second while workers live.
+      cores_per_worker: CPU cores that each worker is bound to (without an accelerator).
 
     Returns:
       0 where all workers ended well, else 1.
@@ -150,7 +162,7 @@ def run_study(study: Path, count: int, options: list[str], on_poll) -> int:
       StudyError: a worker stopped at something that every cell would meet; its words are passed on.
     """
     check_cells(study)
-    workers = start_workers(study, count, options)
+    workers = start_workers(study, count, options, cores_per_worker)
     try:
         while any(w.poll() is None for w in workers):
             on_poll()

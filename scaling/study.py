@@ -18,7 +18,7 @@ from scaling.recipe import recipe_from_config
 
 # Fields of a cell that the recipe decides; a study config may not set them, a listed cell may.
 FROM_RECIPE = {
-    "model": {"family", "d_model", "layers", "heads", "kv_heads", "ffn_dim"} - {"family"},
+    "model": {"d_model", "layers", "heads", "kv_heads", "ffn_dim"},
     "data": {"fingerprint"},
     "optim": {"lr", "beta2", "weight_decay"},
     "schedule": {"warmup_steps"},

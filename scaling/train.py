@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -284,6 +285,7 @@ class Run:
             "data": self.dataset.fingerprint,
             "device_kind": jax.devices()[0].device_kind,
             "devices": 1,
+            "cpu_cores": cpu_cores(),
             "versions": {
                 "scaling": __version__,
                 "jax": jax.__version__,
@@ -305,6 +307,13 @@ class Run:
             "peak_bytes": memory.get("peak_bytes_in_use"),
             "finished_at": time.time(),
         }
+
+
+def cpu_cores() -> int | None:
+    """Cores that XLA's CPU backend splits its sums over; None on an accelerator."""
+    if jax.default_backend() != "cpu":
+        return None
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def eval_batch(batch: int, seq: int) -> int:
