@@ -94,7 +94,7 @@ def test_report_of_a_study(done):
     out = scaling("report", "s", cwd=done)
     assert "report.html" in out
     page = (done / "s" / "report.html").read_text()
-    assert page.startswith("<!DOCTYPE html>") and "power_C" in page
+    assert page.lower().startswith("<!doctype html>") and "power_C" in page
     assert list((done / "s" / "plots").glob("*.png"))
 
 
@@ -122,7 +122,7 @@ def test_kill_and_resume_equals_uninterrupted(corpus, tmp_path):
     (tmp_path / "tiny.json").write_text(json.dumps(config))
     for study in ("whole", "killed"):
         scaling("plan", "tiny.json", "--study", study, "--no-estimate", cwd=tmp_path)
-    scaling("run", "whole", cwd=tmp_path)
+    scaling("run", "whole", "--workers", 2, cwd=tmp_path)
     rng = np.random.default_rng(0)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [*SCALING, "run", "killed", "--checkpoint-steps", "3"]
@@ -131,7 +131,8 @@ def test_kill_and_resume_equals_uninterrupted(corpus, tmp_path):
         time.sleep(rng.uniform(4, 9))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    scaling("run", "killed", "--checkpoint-steps", 3, cwd=tmp_path)
+    # another number of workers than the undisturbed run had
+    scaling("run", "killed", "--checkpoint-steps", 3, "--workers", 1, cwd=tmp_path)
     cells = sorted(p.name for p in (tmp_path / "whole" / "cells").iterdir())
     assert len(cells) == 2
     for cell in cells:
