@@ -6,6 +6,10 @@ deviation ``gain / sqrt(fan_in)`` after truncation (LeCun et al. 1998; the trunc
 matrices that write to the residual stream (attention output, feed-forward output) have gain
 1/sqrt(2 layers), so that the 2 x layers branches add up to unit variance (Radford et al. 2019,
 section 2.3). Norm scales start at one.
+
+The token table has the head's standard deviation, 1/sqrt(d_model), tied or not, and its rows are
+not multiplied by sqrt(d_model) on the way in: a tied head then starts at logits of unit variance,
+the first norm brings the rows to unit size, and the weights fit Llama's and Qwen's layout as they are.
 """
 
 import math

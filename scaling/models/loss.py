@@ -15,7 +15,7 @@ def loss_fn(apply, params, batch, z_loss: float):
     """Mean cross-entropy over the tokens with a loss, plus z-loss.
 
     The z-loss is ``z_loss * mean(log^2 Z)`` over the same tokens: PaLM (Chowdhery et al. 2022,
-    section 5) with 1e-4, after ST-MoE (Zoph et al. 2022, eq. 6).
+    section 5) with 1e-4; ST-MoE (Zoph et al. 2022) has the same term on the router.
 
     Args:
       apply, params: from ``scaling.models.lm.build``.

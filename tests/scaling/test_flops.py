@@ -195,7 +195,7 @@ def test_conventions_by_their_formulas():
         account.train_flops_per_token("mine")
 
 
-def test_kaplan_equals_published_gpt3():
+def test_6n_equals_published_gpt3():
     """GPT-3 175B (Brown et al. 2020, table D.1): 3.14e23 FLOPs on 300e9 tokens, by 6 N with N 174.6e9."""
     gpt3 = {"d_model": 12288, "layers": 96, "heads": 96, "kv_heads": 96, "head_dim": 128, "vocab": 50257}
     # Its two-matrix feed-forward of 4 d_model has as many weights as three of 8/3 d_model.
