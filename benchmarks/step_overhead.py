@@ -6,7 +6,7 @@ paused in its own logging callback while the bare loop (one fixed batch on the d
 with constants, nothing read back until the block's end) runs as many steps. The figure is the median
 over pairs of blocks of ours / bare, in tokens per second; 1 means no cost.
 
-    python benchmarks/step_overhead.py [--steps 40] [--pairs 12]
+    python benchmarks/step_overhead.py [--steps 48] [--pairs 14]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from scaling.files import CellFolder
 from scaling.models.lm import build
 from scaling.models.loss import loss_fn
 from scaling.optim import decays
-from scaling.train import Execution, train
+from scaling.train import LOGGED_POINTS, Execution, train
 
 SHAPES = {"d_model 64, 2 layers": (64, 2), "d_model 128, 4 layers": (128, 4)}
 SEQ, BATCH = 128, 8
@@ -103,6 +103,8 @@ def bare_loop(cell: dict):
 def compare(d_model: int, layers: int, block: int, pairs: int) -> dict:
     """Alternates blocks of the two loops; returns tokens per second of each and the ratios."""
     steps = block * (pairs + 2)
+    if block % max(1, steps // LOGGED_POINTS):
+        raise SystemExit(f"--steps {block} and --pairs {pairs}: the loop would not log at the end of a block")
     cell = make_cell(d_model, layers, steps)
     bare = bare_loop(cell)
     times: dict[str, list] = {"ours": [], "bare": []}
@@ -137,8 +139,8 @@ def compare(d_model: int, layers: int, block: int, pairs: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=40, help="steps in a block")
-    parser.add_argument("--pairs", type=int, default=16, help="pairs of blocks")
+    parser.add_argument("--steps", type=int, default=48, help="steps in a block")
+    parser.add_argument("--pairs", type=int, default=14, help="pairs of blocks")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     out = {}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Flops = Callable[[np.ndarray, np.ndarray], np.ndarray]
 BISECTIONS = 100  # halves a range of 100 in log D to below float64's spacing
-REACH = 30.0  # log range searched: from 1 to e^30 = 1e13 times below the largest N
+REACH = 70.0  # log range searched: from the largest N, below 1e28, down to less than one parameter
 
 
 @dataclasses.dataclass

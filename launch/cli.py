@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 
 from scaling import __version__
 from scaling.config import ConfigError
@@ -39,7 +41,7 @@ def main() -> None:
 
 
 def fail(message: str) -> None:
-    stderr.print(f"[bold red]error:[/] {click.unstyle(message)}", markup=True, soft_wrap=True)
+    stderr.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     sys.exit(2)
 
 
@@ -98,15 +100,17 @@ def plan(config, study, overrides, grow, dry_run, no_estimate, as_json):
     dataset = data.open_data(validate_section("data", settings["data"]))
     facts = show.data_facts(dataset, settings["data"].get("seq", 128))
     manifest = make_plan(settings, facts)
-    outcome = "dry run" if dry_run else write_manifest(study, manifest, grow)
     estimate = None if no_estimate else show.estimate(manifest)
+    outcome = "dry run" if dry_run else write_manifest(study, manifest, grow)
     value = {**manifest, "outcome": outcome, "folder": str(study), "estimate": estimate}
     emit(as_json, value, lambda: show.plan(console, manifest, estimate, study, outcome))
 
 
 @cli.command()
 @click.argument("study", type=click.Path(path_type=Path))
-@click.option("--cell", "cells", multiple=True, metavar="ID", help="Train only this cell, in this process.")
+@click.option(
+    "--cell", "cells", multiple=True, metavar="ID", help="Train only this cell (may be given again)."
+)
 @click.option("--workers", type=click.IntRange(min=1), help="Worker processes (default: one a CPU core).")
 @click.option(
     "--cores-per-worker",
@@ -118,7 +122,14 @@ def plan(config, study, overrides, grow, dry_run, no_estimate, as_json):
 @click.option("--checkpoint-seconds", type=float, default=60.0, show_default=True)
 @click.option("--checkpoint-steps", type=click.IntRange(min=1), help="Save also every so many steps.")
 @click.option("--remat", type=click.Choice(["none", "full", "dots"]), default="none", show_default=True)
-@click.option("--wandb", type=click.Choice(["off", "offline", "online"]), default="off", show_default=True)
+@click.option(
+    "--wandb",
+    type=click.Choice(["off", "offline", "online"]),
+    default="off",
+    is_flag=False,
+    flag_value="offline",
+    help="Mirror to Weights & Biases; without a value: offline.",
+)
 @json_option
 def run(study, cells, workers, cores_per_worker, checkpoint_seconds, checkpoint_steps, remat, wandb, as_json):
     """Train every cell of STUDY that is not finished; run it again after any interruption.
@@ -129,6 +140,8 @@ def run(study, cells, workers, cores_per_worker, checkpoint_seconds, checkpoint_
     from launch import local, show
     from scaling.records import progress, read_manifest
 
+    if wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise StudyError("--wandb needs the package wandb; install the extra: pip install 'scaling[wandb]'")
     manifest = read_manifest(study)
     known = [e["id"] for e in manifest["cells"]]
     for cell in cells:
@@ -145,7 +158,7 @@ def run(study, cells, workers, cores_per_worker, checkpoint_seconds, checkpoint_
     options += [x for c in cells for x in ("--cell", c)]
     count = workers or local.default_workers(len(todo), cores_per_worker)
     with show.progress_bars(console, study, quiet=as_json) as on_poll:
-        code = local.run_study(study, count, options, on_poll, cores_per_worker)
+        code = local.run_study(study, count, options, on_poll, cells, cores_per_worker)
     emit(as_json, {"outcome": "done", "cells": progress(study)}, lambda: show.run_summary(console, study))
     return code
 
@@ -169,19 +182,23 @@ def status(study, as_json):
 @json_option
 def collect(study, out, wandb_dir, as_json):
     """Write the run table of STUDY: one row a (cell, evaluation)."""
+    import pandas as pd
+
     from scaling.records import collect as collect_rows
     from scaling.records import write_table
 
     if wandb_dir is not None:
         from scaling.tracking import read_wandb
 
-        table = read_wandb(wandb_dir)
+        table = read_wandb(wandb_dir).assign(study=study.name)
     else:
         table = collect_rows(study)
-    outs = [out] if out else [study / "runs.csv", study / "runs.parquet"]
+    stem = "runs" if wandb_dir is None else "wandb_runs"
+    outs = [out] if out else [study / f"{stem}.csv", study / f"{stem}.parquet"]
     for path in outs:
         write_table(table, path)
-    counts = {k: int(v) for k, v in table["status"].value_counts().items()}
+    states = table["status"] if "status" in table else pd.Series(["unfinished"] * len(table))
+    counts = {k: int(v) for k, v in states.fillna("unfinished").value_counts().items()}
     said = ", ".join(f"{v} {k}" for k, v in counts.items())
     where = " and ".join(map(str, outs))
     value = {"rows": len(table), "status": counts, "written": [str(p) for p in outs]}

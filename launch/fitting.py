@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import shlex
 import sys
 from pathlib import Path
 
@@ -99,15 +101,17 @@ def save_fit(fitted: Fitted, table: Path, out: Path | None, options: dict) -> Pa
     """Writes the fit file and, beside it, the comparison of approaches."""
     path = fit_path(table, out, options["law"])
     fits.write_fit(fitted.fit, path)
+    compared = path.with_name(path.stem + ".approaches.json")
+    compared.unlink(missing_ok=True)  # never one of an older fit
     if fitted.approaches is not None:
-        write_json(path.with_name(path.stem + ".approaches.json"), fitted.approaches.to_dict())
+        write_json(compared, fitted.approaches.to_dict())
     write_json(path.with_name(path.stem + ".command.json"), {"fit": command_line()})
     return path
 
 
 def command_line() -> str:
     """The command as it was typed, for the reproducibility list."""
-    return " ".join(["scaling", *sys.argv[1:]])
+    return shlex.join(["scaling", *sys.argv[1:]])
 
 
 def as_json(fitted: Fitted) -> dict:
@@ -131,8 +135,10 @@ def find_fit(path: Path) -> Path:
     Raises:
       StudyError: there is none yet.
     """
-    if path.is_file():
+    if path.is_file() and path.suffix == ".json":
         return path
+    if not path.is_dir():
+        raise StudyError(f"{path} is neither a fit file (.json) nor a fitted study folder")
     found = [
         p for p in sorted((path / "fits").glob("*.json")) if p.stem.count(".") == 0 and p.stem != "allocation"
     ]
@@ -173,8 +179,14 @@ def allocate(path: Path, budget: float, within: float, out: Path | None) -> fits
     answer = fits.allocate(fits.read_fit(file), budget, flops=flops, within=within, shape=buildable)
     target = out or (study / "fits" / "allocation.json" if study else None)
     if target is not None:
-        write_json(target, {**answer.to_dict(), "command": command_line()})
+        asked = {"fit_hash": file_hash(file), "within": within, "command": command_line()}
+        write_json(target, {**answer.to_dict(), **asked})
     return answer
+
+
+def file_hash(path: Path) -> str:
+    """What ties an allocation to the very fit that it was read from."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def report(path: Path, out: Path | None, budget: float | None) -> Path:
@@ -191,6 +203,11 @@ def report(path: Path, out: Path | None, budget: float | None) -> Path:
         answer = fits.allocate(fitted, budget, flops=flops, shape=buildable).to_dict()
     elif study is not None and kept.exists():
         answer = read_json(kept)
+        if answer["fit_hash"] != file_hash(file):  # of an older fit: ask the same of this one
+            again = fits.allocate(
+                fitted, answer["budget"], flops=flops, within=answer["within"], shape=buildable
+            )
+            answer = {**again.to_dict(), "command": answer["command"]}
     compared = file.with_name(file.stem + ".approaches.json")
     commands = [read_json(p)["fit"] for p in [file.with_name(file.stem + ".command.json")] if p.exists()]
     commands += [answer["command"]] if answer and "command" in answer else []

@@ -6,51 +6,23 @@ the lock dies with its process, so a killed worker leaves nothing behind but its
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
+import errno
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 
 from scaling.config import ConfigError
-from scaling.files import CellFolder, StudyError, explain_os_error, write_json
-from scaling.records import check_cells, read_manifest
+from scaling.files import CellFolder, StorageError, StudyError, claim, explain_os_error, read_json, write_json
+from scaling.records import RESULTS, check_cells, progress, read_manifest
 
 MAX_FAILURES = 2
 """Unexpected errors a cell may have in one `scaling run` before it is left as failed."""
-
-
-@contextlib.contextmanager
-def claim(folder: CellFolder) -> Iterator[bool]:
-    """Holds the cell's lock for the block; yields False where another process has it.
-
-    Raises:
-      StudyError: the study folder cannot be written.
-    """
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        file = open(folder.lock, "a")  # noqa: SIM115 (closed below, after the block)
-    except OSError as error:
-        raise StudyError(explain_os_error(error, folder.path)) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-def is_claimed(folder: CellFolder) -> bool:
-    """Whether a living process on this machine is training the cell."""
-    if not folder.lock.exists():
-        return False
-    with claim(folder) as free:
-        return not free
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def run_cell(study: Path, entry: dict, execution, on_metrics=None) -> str:
@@ -62,7 +34,7 @@ def run_cell(study: Path, entry: dict, execution, on_metrics=None) -> str:
     from scaling.train import train
 
     folder = CellFolder(study, entry["id"])
-    with claim(folder) as free:
+    with claim(folder.lock) as free:
         if not free:
             return "busy"
         if not folder.result.exists():
@@ -71,40 +43,50 @@ def run_cell(study: Path, entry: dict, execution, on_metrics=None) -> str:
         return train(entry["config"], folder, execution, on_metrics)["status"]
 
 
-def work(study: Path, execution, only: list[str] | None = None) -> int:
+def work(study: Path, execution, only: list[str] | None = None) -> None:
     """The life of one worker: walks the list until every cell is done or has failed.
 
-    Returns:
-      The number of cells that this worker saw fail.
+    Raises:
+      StorageError: the study cannot be written; no cell could go on.
     """
     entries = sorted(read_manifest(study)["cells"], key=lambda e: -e["achieved"]["flops"])
-    entries = [e for e in entries if only is None or e["id"] in only]
-    attempts = dict.fromkeys((e["id"] for e in entries), 0)
-    waiting = entries
+    waiting = [e for e in entries if only is None or e["id"] in only]
     while waiting:
-        still = [e for e in waiting if try_cell(study, e, execution, attempts) == "busy"]
+        still = [e for e in waiting if try_cell(study, e, execution) == "busy"]
         if len(still) == len(waiting):
             time.sleep(0.5)  # others have them; stay until they are done, to take over what they drop
         waiting = still
-    return sum(n >= MAX_FAILURES for n in attempts.values())
 
 
-def try_cell(study: Path, entry: dict, execution, attempts: dict) -> str:
+def try_cell(study: Path, entry: dict, execution) -> str:
     """Trains a cell, with a second try after an unexpected error: ``busy``, ``done`` or ``failed``."""
     folder = CellFolder(study, entry["id"])
-    while attempts[entry["id"]] < MAX_FAILURES:
+    while failures(folder) < MAX_FAILURES:
         if folder.result.exists():
             return "done"
         try:
             return "busy" if run_cell(study, entry, execution) == "busy" else "done"
-        except (ConfigError, StudyError):
-            raise  # the next cell would meet the same
+        except StorageError:
+            raise
+        except (ConfigError, StudyError) as error:  # the same again would end the same
+            note_failure(folder, str(error), MAX_FAILURES)
         except Exception as error:
-            attempts[entry["id"]] += 1
-            folder.log.write_text(traceback.format_exc())
+            if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
+                raise StorageError(explain_os_error(error, error.filename or folder.path)) from error
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            write_json(folder.failure, {"reason": reason, "attempts": attempts[entry["id"]]})
+            note_failure(folder, reason, failures(folder) + 1)
     return "failed"
+
+
+def failures(folder: CellFolder) -> int:
+    """Unexpected errors of the cell since `scaling run` began."""
+    return read_json(folder.failure)["attempts"] if folder.failure.exists() else 0
+
+
+def note_failure(folder: CellFolder, reason: str, attempts: int) -> None:
+    """Keeps the reason and the traceback beside the cell."""
+    folder.log.write_text(traceback.format_exc())
+    write_json(folder.failure, {"reason": reason, "attempts": attempts})
 
 
 def has_accelerator() -> bool:
@@ -122,30 +104,24 @@ def default_workers(cells: int, cores_per_worker: int = 1) -> int:
     return max(1, min(cells, len(os.sched_getaffinity(0)) // cores_per_worker))
 
 
-def start_workers(
-    study: Path, count: int, options: list[str], cores_per_worker: int
-) -> list[subprocess.Popen]:
-    """Starts worker processes; on a CPU each is bound to its own cores.
+def start_worker(study: Path, options: list[str], cores: int) -> tuple[subprocess.Popen, object]:
+    """Starts one worker process; returns it and the file of its words, which is not on the study's disk.
 
     XLA's CPU backend splits its sums by the number of cores it sees, so that the last bits of a
     result depend on it: one core a worker, by default, gives the same numbers on every machine
     whatever the number of workers.
     """
-    cores = sorted(os.sched_getaffinity(0))
-    workers = []
-    for i in range(count):
-        command = [sys.executable, "-m", "launch.worker", str(study), *options, "--parent", str(os.getpid())]
-        if not has_accelerator():
-            mine = [cores[(i * cores_per_worker + k) % len(cores)] for k in range(cores_per_worker)]
-            command += ["--cores", ",".join(map(str, mine))]
-        with open(study / f"worker-{i}.log", "wb") as log:
-            workers.append(
-                subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log)
-            )
-    return workers
+    command = [sys.executable, "-m", "launch.worker", str(study), *options, "--parent", str(os.getpid())]
+    if not has_accelerator():
+        command += ["--cores", str(cores)]
+    words = tempfile.TemporaryFile()  # noqa: SIM115 (read after the process has ended)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=words)
+    return process, words
 
 
-def run_study(study: Path, count: int, options: list[str], on_poll, cores_per_worker: int = 1) -> int:
+def run_study(
+    study: Path, count: int, options: list[str], on_poll, only: list[str] = (), cores_per_worker: int = 1
+) -> int:
     """Runs workers until every cell that can be done is done.
 
     Args:
@@ -153,27 +129,42 @@ def run_study(study: Path, count: int, options: list[str], on_poll, cores_per_wo
       count: number of worker processes.
       options: command-line options passed to the workers.
       on_poll: called about twice a second while workers live.
+      only: the cells to train; all where empty.
       cores_per_worker: CPU cores that each worker is bound to (without an accelerator).
 
     Returns:
-      0 where all workers ended well, else 1.
+      0 where every cell has a result, else 1.
 
     Raises:
-      StudyError: a worker stopped at something that every cell would meet; its words are passed on.
+      StudyError: a worker stopped at something that every cell would meet, or died; its words are passed on.
     """
     check_cells(study)
-    workers = start_workers(study, count, options, cores_per_worker)
+    for entry in read_manifest(study)["cells"]:
+        CellFolder(study, entry["id"]).failure.unlink(missing_ok=True)
+    workers = [start_worker(study, options, cores_per_worker) for _ in range(count)]
     try:
-        while any(w.poll() is None for w in workers):
+        while any(process.poll() is None for process, _ in workers):
             on_poll()
             time.sleep(0.3)
     except BaseException:
-        for w in workers:
-            w.terminate()
+        for process, _ in workers:
+            process.terminate()
         raise
     on_poll()
-    for i, worker in enumerate(workers):
-        if worker.returncode == 2:
-            last = (study / f"worker-{i}.log").read_text(errors="replace").strip().splitlines()
-            raise StudyError(last[-1].removeprefix("error: ") if last else "a worker stopped")
-    return int(any(w.returncode for w in workers))
+    done = all(r["status"] in RESULTS for r in progress(study) if not only or r["cell"] in only)
+    for process, words in workers:
+        if process.returncode and not done:
+            words.seek(0)
+            raise StudyError(last_words(process.returncode, words.read().decode(errors="replace")))
+    return 0 if done else 1
+
+
+def last_words(code: int, text: str) -> str:
+    """One sentence about a worker that stopped."""
+    lines = text.strip().splitlines()
+    if lines and lines[-1].startswith("error: "):
+        return lines[-1].removeprefix("error: ")
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    why = " (out of memory?)" if code == -signal.SIGKILL else ""
+    said = f"; its last words: {lines[-1]}" if lines else ""
+    return f"a worker {how}{why}{said}; what is done is kept, run the same command again to go on"

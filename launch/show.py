@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from scaling.records import progress
+from scaling.records import RESULTS, progress
 
 STATUS_STYLE = {"finished": "green", "running": "cyan", "diverged": "yellow", "failed": "red"}
 PLAN_COLUMNS = "C target, C, off, N, N non-emb, D, D/N, shape, batch, steps, LR, memory, time"
@@ -75,7 +76,7 @@ def plan(console: Console, manifest: dict, estimate: dict | None, study: Path, o
     for dropped in manifest["dropped"]:
         target = dropped["target"]
         at = f"C {target['flops']:.3g}" if target["flops"] else f"D {target['tokens']:.3g}"
-        console.print(f"[yellow]dropped[/] N {target['params']:.3g}, {at}: {dropped['reason']}")
+        console.print(f"[yellow]dropped[/] N {target['params']:.3g}, {at}: {escape(dropped['reason'])}")
     data = manifest["data"]
     total = sum(c["achieved"]["flops"] for c in manifest["cells"])
     console.print(
@@ -144,32 +145,33 @@ class _Reporter:
         self.console, self.study, self.bars = console, study, None
         self.tasks: dict = {}
         rows = progress(study)
-        self.said = {r["cell"] for r in rows if r["status"] in ("finished", "diverged")}
+        self.said = {r["cell"] for r in rows if r["status"] in RESULTS}
         self.done_before = sum(r["flops"] for r in rows if r["cell"] in self.said)
         self.last = 0.0
 
-    def rows(self) -> list[dict]:
-        return progress(self.study)
-
     def ended(self, rows: list[dict]) -> list[dict]:
         """Cells that ended since the last call."""
-        new = [r for r in rows if r["status"] in ("finished", "diverged") and r["cell"] not in self.said]
+        new = [r for r in rows if r["status"] in RESULTS and r["cell"] not in self.said]
         self.said |= {r["cell"] for r in new}
         return new
 
     def print_finished(self) -> None:
-        rows = self.rows()
-        for row in self.ended(rows):
-            self.console.print(f"[{len(self.said)}/{len(rows)}] " + cell_line(row), markup=False)
+        if time.monotonic() - self.last < 1.0:
+            return
+        self.last = time.monotonic()
+        rows = progress(self.study)
+        before = len(self.said)
+        for i, row in enumerate(self.ended(rows), before + 1):
+            self.console.print(f"[{i}/{len(rows)}] " + cell_line(row), markup=False)
 
     def redraw(self) -> None:
         if time.monotonic() - self.last < 0.5:
             return
         self.last = time.monotonic()
-        rows = self.rows()
+        rows = progress(self.study)
         total = sum(r["flops"] for r in rows) - self.done_before
         done = sum(r["flops"] * r["step"] / r["steps"] for r in rows) - self.done_before
-        ended = len([r for r in rows if r["status"] in ("finished", "diverged")])
+        ended = len([r for r in rows if r["status"] in RESULTS])
         if "study" not in self.tasks:
             self.tasks["study"] = self.bars.add_task("study", total=total, note="")
         self.bars.update(self.tasks["study"], completed=done, note=f"{ended} of {len(rows)} cells")
@@ -199,10 +201,11 @@ def status(console: Console, study: Path, rows: list[dict]) -> None:
         table.add_column(column, justify="left" if column in ("cell", "status", "note") else "right")
     for r in rows:
         style = STATUS_STYLE.get(r["status"], "dim")
-        note = "" if r["status"] in ("finished", "running", "planned") else str(r["reason"])
+        note = {"finished": "held-out loss", "running": "training loss", "planned": ""}.get(r["status"])
+        note = str(r["reason"]) if note is None else note
         loss = "-" if r["loss"] is None else f"{r['loss']:.4f}"
         row = (r["cell"], f"[{style}]{r['status']}[/]", r["step"], r["steps"], loss, duration(r["seconds"]))
-        table.add_row(*map(str, row), note)
+        table.add_row(*map(str, row), escape(note))
     console.print(table)
     console.print(counts(rows))
 
@@ -218,8 +221,9 @@ def run_summary(console: Console, study: Path) -> None:
     rows = progress(study)
     for r in rows:
         if r["status"] not in ("finished", "planned", "running"):
-            console.print(f"[yellow]{cell_line(r)}[/]")
-    console.print(f"{counts(rows)}; next: scaling fit {study}", soft_wrap=True)
+            console.print(f"[yellow]{escape(cell_line(r))}[/]", soft_wrap=True)
+    whole = all(r["status"] in RESULTS for r in rows)
+    console.print(f"{counts(rows)}; next: scaling {'fit' if whole else 'run'} {study}", soft_wrap=True)
 
 
 def estimate(manifest: dict) -> dict:

@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 
@@ -27,26 +28,57 @@ def main() -> int:
     parser.add_argument("--remat", default="none")
     parser.add_argument("--cell", action="append", help="only this cell (may be given again)")
     parser.add_argument("--wandb", default="off")
-    parser.add_argument("--cores", help="bind to these CPU cores, such as 0,1")
+    parser.add_argument("--cores", type=int, help="bind to so many CPU cores")
     parser.add_argument("--parent", type=int, help="end when this process is gone")
     args = parser.parse_args()
     if args.parent is not None:
         die_with(args.parent)
-    if args.cores and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {int(c) for c in args.cores.split(",")})
-    configure_jax()
+    held = bind_to_cores(args.cores) if args.cores and hasattr(os, "sched_setaffinity") else []
 
     from launch.local import work
     from scaling.config import ConfigError
     from scaling.files import StudyError
     from scaling.train import Execution
 
+    configure_jax()
     execution = Execution(args.remat, args.checkpoint_seconds, args.checkpoint_steps, wandb=args.wandb)
     try:
-        return 1 if work(args.study, execution, args.cell) else 0
+        work(args.study, execution, args.cell)
     except (ConfigError, StudyError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    finally:
+        del held
+    return 0
+
+
+def bind_to_cores(count: int) -> list:
+    """Binds this process to cores that no other worker on this machine holds (to any, if all are held).
+
+    Returns:
+      The open lock files; the cores are held as long as they live.
+    """
+    import fcntl
+
+    folder = Path(tempfile.gettempdir()) / f"scaling-cores-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    cores, mine, held = sorted(os.sched_getaffinity(0)), [], []
+    for core in cores:
+        file = open(folder / str(core), "a")  # noqa: SIM115 (held for the life of the process)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            continue
+        mine.append(core)
+        held.append(file)
+        if len(mine) == count:
+            break
+    spare = [c for c in cores if c not in mine]
+    start = os.getpid() % max(1, len(spare))
+    mine += (spare[start:] + spare[:start])[: count - len(mine)]
+    os.sched_setaffinity(0, mine)
+    return held
 
 
 def die_with(parent: int) -> None:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from scaling.files import StudyError, explain_os_error
+from scaling.files import StorageError, StudyError, explain_os_error
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +36,16 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True, create=True
         )
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        try:
+            self.manager = ocp.CheckpointManager(self.folder, options=options)
+        except OSError as error:
+            raise StorageError(explain_os_error(error, self.folder)) from error
 
     def save(self, state, seconds: float) -> None:
         """Saves the state at its own step, whole or not at all.
 
         Raises:
-          StudyError: the disk is full or the folder cannot be written.
+          StorageError: the disk is full or the folder cannot be written.
         """
         step = int(state.step)
         metadata = {"cell": self.cell, "digest": digest(state), "seconds": seconds}
@@ -51,11 +54,11 @@ class Checkpoints:
             self.manager.save(step, args=items, force=True)
             self.manager.wait_until_finished()
         except OSError as error:
-            raise StudyError(explain_os_error(error, self.folder)) from error
+            raise StorageError(explain_os_error(error, self.folder)) from error
         except ValueError as error:
             # TensorStore reports a full disk as a ValueError that carries the C error's words
             if "No space left" in str(error):
-                raise StudyError(
+                raise StorageError(
                     f"the disk is full: no checkpoint could be written in {self.folder}; free some space "
                     "and run the same command again"
                 ) from error
@@ -100,6 +103,11 @@ class Checkpoints:
         shutil.rmtree(target, ignore_errors=True)
         shutil.move(source, target)
         self.manager.reload()
+
+    def discard(self) -> None:
+        """Removes every checkpoint of the cell."""
+        for step in self.manager.all_steps():
+            self.manager.delete(step)
 
     def close(self) -> None:
         self.manager.close()

@@ -63,7 +63,7 @@ def _flag(default: bool) -> Field:
 
 
 def _count(default=REQUIRED) -> Field:
-    return Field(int, lambda x: x >= 0, "zero or a positive integer", default)
+    return Field(int, lambda x: 0 <= x < 2**31, "an integer from 0 to 2^31 - 1", default)
 
 
 SCHEMA: dict[str, dict[str, Field]] = {

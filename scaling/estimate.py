@@ -7,7 +7,9 @@ products' rate is divided by ``STEP_OVER_MATMUL``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import time
 from collections.abc import Sequence
 
@@ -16,10 +18,14 @@ import jax.numpy as jnp
 
 from scaling.flops import memory_bytes
 
-STEP_OVER_MATMUL = 3.0
-"""Time of a step over that of its bare matrix products (2 to 4 seen on CPU, 7k to 1M parameters)."""
-START_SECONDS = 6.0
-"""To start a process, open the data and compile a small step."""
+STEP_OVER_MATMUL = 4.0
+"""Time of a step over that of its bare matrix products on one CPU core, for models of 7k to 1M parameters."""
+START_SECONDS = 10.0
+"""To start a process and open the data, once a worker."""
+COMPILE_SECONDS = 5.0
+"""To compile a small step, once a cell."""
+MOST_ROWS = 4096
+"""Rows of the timed product: more do not change its rate."""
 
 
 def estimate_cells(cells: Sequence[dict], workers: int = 1) -> dict:
@@ -27,25 +33,43 @@ def estimate_cells(cells: Sequence[dict], workers: int = 1) -> dict:
 
     Args:
       cells: manifest entries.
-      workers: processes that will share the device.
+      workers: processes that will share the machine's CPU cores, one core each.
 
     Returns:
       ``cells`` (list of ``seconds`` and ``bytes``), ``total_seconds``, ``device``, ``workers``, ``how``.
     """
     out = []
-    for cell in cells:
-        config = cell["config"]
-        model, batch, seq = config["model"], config["train"]["batch"], config["data"]["seq"]
-        rate = matmul_rate(model["d_model"], model["ffn_dim"], batch * seq, model["dtype"])
-        seconds = cell["achieved"]["flops"] / rate * STEP_OVER_MATMUL + START_SECONDS
-        out.append({"seconds": seconds, "bytes": int(memory_bytes(model, batch, seq).total)})
+    with one_core():
+        for cell in cells:
+            config = cell["config"]
+            model, batch, seq = config["model"], config["train"]["batch"], config["data"]["seq"]
+            rate = matmul_rate(
+                model["d_model"], model["ffn_dim"], min(batch * seq, MOST_ROWS), model["dtype"]
+            )
+            seconds = cell["achieved"]["flops"] / rate * STEP_OVER_MATMUL + COMPILE_SECONDS
+            out.append({"seconds": seconds, "bytes": int(memory_bytes(model, batch, seq).total)})
+    longest = max(c["seconds"] for c in out)
     return {
         "cells": out,
-        "total_seconds": sum(c["seconds"] for c in out) / workers,
+        "total_seconds": max(longest, sum(c["seconds"] for c in out) / workers) + START_SECONDS,
         "device": jax.devices()[0].device_kind,
         "workers": workers,
         "how": f"measured matrix products, times {STEP_OVER_MATMUL:g}",
     }
+
+
+@contextlib.contextmanager
+def one_core():
+    """Binds the process to one core for the block, as a worker is, where the system can."""
+    if not hasattr(os, "sched_setaffinity") or jax.default_backend() != "cpu":
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 @functools.lru_cache

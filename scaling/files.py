@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,15 @@ class StudyError(RuntimeError):
     """A study folder that cannot be used as asked; the message says what to do."""
 
 
+class StorageError(StudyError):
+    """The disk is full, or the folder cannot be written: nothing in the study could go on."""
+
+
 def write_whole(path: Path | str, data: str | bytes) -> None:
     """Writes a file aside and renames it, so that a reader sees the old file or the new one.
 
     Raises:
-      StudyError: the folder cannot be written, or the disk is full; the old file stays as it was.
+      StorageError: the folder cannot be written, or the disk is full; the old file stays as it was.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -32,7 +39,7 @@ def write_whole(path: Path | str, data: str | bytes) -> None:
         aside_exists = os.access(path.parent, os.W_OK) and aside.exists()
         if aside_exists:
             aside.unlink(missing_ok=True)
-        raise StudyError(explain_os_error(error, path)) from error
+        raise StorageError(explain_os_error(error, path)) from error
 
 
 def explain_os_error(error: OSError, path: Path | str) -> str:
@@ -72,13 +79,45 @@ def read_jsonl(path: Path | str) -> list[dict]:
     except FileNotFoundError:
         return []
     rows = []
-    for i, line in enumerate(lines[:-1]):
+    for line in lines[:-1]:
         try:
             rows.append(json.loads(line))
         except (json.JSONDecodeError, UnicodeDecodeError):
-            # a write torn by a kill, then appended to: what follows cannot be trusted in order
-            return rows if i else []
+            return rows  # a write torn by a kill: what follows cannot be trusted in order
     return rows
+
+
+@contextlib.contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Holds a lock file for the block; yields False where another process has it. Dies with its process.
+
+    Raises:
+      StorageError: the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")  # noqa: SIM115 (closed below, after the block)
+    except OSError as error:
+        raise StorageError(explain_os_error(error, path.parent)) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def is_claimed(path: Path) -> bool:
+    """Whether a living process on this machine holds the lock file; needs no right to write."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 class CellFolder:

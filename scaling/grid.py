@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from scaling.config import ConfigError, canonical_json, cell_id, validate_cell, validate_section
+from scaling.config import SCHEMA, ConfigError, canonical_json, cell_id, validate_cell, validate_section
 from scaling.files import StudyError, read_json, write_json
 from scaling.flops import CONVENTIONS, ledger
 from scaling.recipe import Recipe, batch_sequences, hparams, recipe_from_config, shape
@@ -74,6 +74,8 @@ def plan(study: Mapping, data: Mapping) -> dict:
       ConfigError: a config that cannot be run, or a grid with no cell left.
     """
     recipe = recipe_from_config(study["recipe"])
+    check_data(study, data)
+    study = absolute_path(study)
     cells, dropped, seen = [], [], {}
     for target in targets(study):
         try:
@@ -97,12 +99,42 @@ def plan(study: Mapping, data: Mapping) -> dict:
         "schema": MANIFEST_SCHEMA,
         "study": study["name"],
         "revision": 1,
-        "config": copy.deepcopy(dict(study)),
+        "config": study,
         "data": dict(data),
         "flops_convention": study["flops_convention"],
         "cells": cells,
         "dropped": dropped,
     }
+
+
+def absolute_path(study: Mapping) -> dict:
+    """A copy whose data folder does not depend on where the command was typed."""
+    config = copy.deepcopy(dict(study))
+    if config["data"].get("path"):
+        config["data"]["path"] = str(Path(config["data"]["path"]).absolute())
+    return config
+
+
+def check_data(study: Mapping, data: Mapping) -> None:
+    """What every cell would meet at its start.
+
+    Raises:
+      ConfigError: a vocabulary smaller than the data's, or more held-out sequences than there are.
+    """
+    vocab = study["model"].get("vocab", data["vocab"])
+    if vocab < data["vocab"]:
+        raise ConfigError(
+            f"model.vocab is {vocab} but the data has token ids up to {data['vocab'] - 1}; "
+            f"it must be at least {data['vocab']}"
+        )
+    wanted = study["eval"].get("sequences", SCHEMA["eval"]["sequences"].default)
+    seq = study["data"].get("seq", SCHEMA["data"]["seq"].default)
+    there = (data["heldout_tokens"] - 1) // seq
+    if wanted > there:
+        raise ConfigError(
+            f"eval.sequences is {wanted} but the held-out documents hold {there} of {seq} tokens; "
+            f"it must be at most {there}"
+        )
 
 
 def resolve(study: Mapping, recipe: Recipe, target: Target, data: Mapping) -> dict:
@@ -203,6 +235,11 @@ def write_manifest(study: Path | str, manifest: dict, grow: bool = False) -> str
         raise StudyError(
             f"{study} holds study {old['study']!r} with {len(old_ids)} cells, {len(old_ids - new_ids)} of "
             "them not in this config; plan into another folder (--study)"
+        )
+    if old_ids == new_ids:
+        raise StudyError(
+            f"{study} holds these same {len(old_ids)} cells, planned with other settings or another data "
+            "folder; nothing was changed: go on with it, or plan into another folder (--study)"
         )
     if not grow:
         raise StudyError(

@@ -16,6 +16,8 @@ import numpy as np
 from scaling.config import ConfigError, check_keys
 from scaling.flops import ledger
 
+MOST_PARAMS = 1e14  # a typing error above this
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -130,12 +132,16 @@ def shape(recipe: Recipe, model: Mapping, params: float, seq: int) -> dict:
     Raises:
       ConfigError: ``params`` is not positive, or is smaller than half the smallest shape.
     """
-    if not (math.isfinite(params) and params > 0):
-        raise ConfigError(f"params is {params!r}; a target N must be a positive number")
+    if not 0 < params < MOST_PARAMS:
+        raise ConfigError(f"params is {params!r}; a target N must be positive and below {MOST_PARAMS:g}")
     step = math.lcm(recipe.width_multiple, model["head_dim"])
     best, best_key = None, None
-    width = step
-    while True:
+    # N ~ 12 width^3 / aspect: for large N, widths far from that have no aspect ratio worth trying
+    ideal = (params * recipe.width_per_layer / 12) ** (1 / 3)
+    width, widest = step, math.inf
+    if ideal > 64 * step:
+        width, widest = step * int(ideal / 8 / step), 8 * ideal
+    while width <= widest:
         one, two = (_params(recipe, model, width, k, seq) for k in (1, 2))
         if best is not None and one > 2 * params:
             break

@@ -13,9 +13,10 @@ from pathlib import Path
 import pandas as pd
 
 from scaling.config import cell_id, validate_cell
-from scaling.files import CellFolder, StudyError, read_json, read_jsonl, write_whole
+from scaling.files import CellFolder, StudyError, is_claimed, read_json, read_jsonl, write_whole
 from scaling.flops import ledger
 
+RESULTS = ("finished", "diverged")
 STATUSES = ("finished", "diverged", "failed", "preempted", "running", "planned")
 
 COLUMNS = {
@@ -75,7 +76,11 @@ def read_manifest(study: Path | str) -> dict:
         raise StudyError(
             f"{study} is not a study folder: it has no manifest.json; make one with `scaling plan`"
         )
-    return read_json(path)
+    manifest = read_json(path)
+    for key in ("study", "cells", "config", "data"):
+        if not isinstance(manifest, dict) or key not in manifest:
+            raise StudyError(f"{path} is damaged (no {key!r}); restore it, or plan the study again elsewhere")
+    return manifest
 
 
 def collect(study: Path | str) -> pd.DataFrame:
@@ -114,11 +119,9 @@ def cell_rows(manifest: Mapping, entry: Mapping, folder: CellFolder) -> list[dic
         "lr": config["optim"]["lr"],
     }
     if not folder.result.exists():
-        started = folder.metrics.exists()
-        return [
-            {**base, "status": "running" if started else "planned", "reason": "no result yet", "final": True}
-        ]
-    result = read_json(folder.result)
+        status, reason = unfinished(folder)
+        return [{**base, "status": status, "reason": reason, "final": True}]
+    result = read_result(folder)
     if result["cell"] != entry["id"]:
         raise StudyError(
             f"{folder.result} is of cell {result['cell']}, not {entry['id']}; remove that folder"
@@ -158,9 +161,27 @@ def cell_rows(manifest: Mapping, entry: Mapping, folder: CellFolder) -> list[dic
 
 def unfinished(folder: CellFolder) -> tuple[str, str]:
     """Status and reason of a cell without a result."""
+    if is_claimed(folder.lock):
+        return "running", "no result yet"
     if folder.failure.exists():
         return "failed", read_json(folder.failure)["reason"]
-    return ("running" if folder.metrics.exists() else "planned"), "no result yet"
+    if folder.metrics.exists():
+        return "preempted", "stopped before its end; run the study again to go on"
+    return "planned", "no result yet"
+
+
+def read_result(folder: CellFolder) -> dict:
+    """The result of a cell.
+
+    Raises:
+      StudyError: the file is damaged.
+    """
+    result = read_json(folder.result)
+    needs = ("cell", "status", "reason", "loss", "tokens", "evals", "unique_tokens", "epochs")
+    missing = [k for k in needs if not isinstance(result, dict) or k not in result]
+    if missing:
+        raise StudyError(f"{folder.result} is damaged (no {missing[0]!r}); remove it and run the study again")
+    return result
 
 
 def curves(study: Path | str) -> dict[str, pd.DataFrame]:
@@ -181,7 +202,7 @@ def progress(study: Path | str) -> list[dict]:
         row = {"cell": entry["id"], "step": 0, "steps": entry["config"]["train"]["steps"], "loss": None}
         row |= {"status": "planned", "seconds": None, "reason": None, "flops": entry["achieved"]["flops"]}
         if folder.result.exists():
-            result = read_json(folder.result)
+            result = read_result(folder)
             timing = read_json(folder.timing) if folder.timing.exists() else {}
             row |= {"status": result["status"], "loss": result["loss"], "reason": result["reason"]}
             row |= {"step": row["steps"], "seconds": timing.get("wall_seconds")}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -58,10 +57,12 @@ def load_study(path: Path | str, overrides: list[str] = ()) -> dict:
     if path.suffix == ".json":
         try:
             config = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+        except (ValueError, OSError) as error:  # not JSON, not UTF-8, a folder
             raise ConfigError(f"config {str(path)!r} is not valid JSON ({error})") from error
     else:
         config = _run_config(path)
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"config {str(path)!r} holds a {type(config).__name__}; it must hold a mapping")
     for item in overrides:
         _override(config, item)
     return validate_study(config)
@@ -74,14 +75,13 @@ def _run_config(path: Path) -> dict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        get_config = module.get_config
-    except AttributeError as error:
-        raise ConfigError(f"config {str(path)!r} has no function get_config()") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"config {str(path)!r} cannot be run: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, "get_config", None)):
+        raise ConfigError(f"config {str(path)!r} has no function get_config()")
     try:
-        return to_plain(get_config())
-    except Exception as error:
+        return to_plain(module.get_config())
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"get_config() of {str(path)!r} failed: {type(error).__name__}: {error}") from error
 
 
@@ -121,7 +121,7 @@ def validate_study(config: Mapping) -> dict:
         raise ConfigError(f"flops_convention is {convention!r}; it must be one of {', '.join(CONVENTIONS)}")
     seeds = config.setdefault("seeds", [0])
     if not isinstance(seeds, list) or not seeds or not all(_is_count(s) for s in seeds):
-        raise ConfigError(f"seeds is {seeds!r}; it must be a non-empty list of integers >= 0")
+        raise ConfigError(f"seeds is {seeds!r}; it must be a non-empty list of integers from 0 to 2^31 - 1")
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"seeds is {seeds!r}; a seed is listed twice")
     for section, fields in SCHEMA.items():
@@ -162,7 +162,7 @@ def validate_grid(grid) -> dict:
     check_keys("grid", grid, GRID_KEYS)
     grid = {"tolerance": 0.01, "min_steps": 50, "max_epochs": 1.0, "tokens_per_param": None, **grid}
     needs = {"isoflop": ("budgets", "params"), "product": ("params", "tokens"), "list": ("cells",)}
-    if grid.get("kind") not in needs:
+    if not isinstance(grid.get("kind"), str) or grid["kind"] not in needs:
         raise ConfigError(f"grid.kind is {grid.get('kind')!r}; it must be {GRID_KEYS['kind']}")
     for key in needs[grid["kind"]]:
         if not isinstance(grid.get(key), list) or not grid[key]:
@@ -171,10 +171,12 @@ def validate_grid(grid) -> dict:
         _check_numbers(f"grid.{key}", grid.get(key, []))
     params = grid.get("params", [])
     if params and all(isinstance(p, list) for p in params):
-        if grid["kind"] != "isoflop" or len(params) != len(grid["budgets"]):
+        if grid["kind"] != "isoflop":
+            raise ConfigError(f"grid.params is {params!r}; one list a budget is for grid.kind = 'isoflop'")
+        if not all(params) or len(params) != len(grid["budgets"]):
             raise ConfigError(
                 f"grid.params has {len(params)} lists; it must have one for each of the "
-                f"{len(grid.get('budgets', []))} budgets"
+                f"{len(grid['budgets'])} budgets, none of them empty"
             )
         for i, sizes in enumerate(params):
             _check_numbers(f"grid.params[{i}]", sizes)
@@ -183,8 +185,12 @@ def validate_grid(grid) -> dict:
     for key in ("tolerance", "max_epochs", "min_steps"):
         _check_numbers(f"grid.{key}", [grid[key]])
     bounds = grid["tokens_per_param"]
-    if bounds is not None and not (isinstance(bounds, list) and len(bounds) == 2 and bounds[0] < bounds[1]):
-        raise ConfigError(f"grid.tokens_per_param is {bounds!r}; it must be [low, high] or None")
+    if bounds is not None:
+        if not isinstance(bounds, list) or len(bounds) != 2:
+            raise ConfigError(f"grid.tokens_per_param is {bounds!r}; it must be [low, high] or None")
+        _check_numbers("grid.tokens_per_param", bounds)
+        if bounds[0] >= bounds[1]:
+            raise ConfigError(f"grid.tokens_per_param is {bounds!r}; low must be below high")
     for i, cell in enumerate(grid.get("cells", [])):
         _check_listed(i, cell)
     return grid
@@ -196,6 +202,10 @@ def _check_listed(i: int, cell) -> None:
     check_keys(f"grid.cells[{i}]", cell, ["params", "tokens", "flops", "seed", "set"])
     if "params" not in cell or ("tokens" in cell) == ("flops" in cell):
         raise ConfigError(f"grid.cells[{i}] is {dict(cell)!r}; it needs params and one of tokens, flops")
+    if not isinstance(cell.get("set", {}), Mapping):
+        raise ConfigError(
+            f"grid.cells[{i}].set is {cell['set']!r}; it must be a mapping such as {{'optim.lr': 0.01}}"
+        )
     for key in ("params", "tokens", "flops"):
         if key in cell:
             _check_numbers(f"grid.cells[{i}].{key}", [cell[key]])
@@ -203,10 +213,10 @@ def _check_listed(i: int, cell) -> None:
 
 def _check_numbers(name: str, values) -> None:
     for value in values:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or value <= 0:
-            raise ConfigError(f"{name} holds {value!r}; every entry must be a positive number")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 < value < 1e30:
+            raise ConfigError(f"{name} holds {value!r}; every entry must be a positive number below 1e30")
 
 
 def _is_count(x) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+    return isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**31

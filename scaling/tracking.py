@@ -55,7 +55,7 @@ class Tracker:
     def log(self, row: Mapping) -> None:
         """One logged line of the cell, at its own step; the training loss is ``train_loss`` there."""
         if self.run is not None:
-            names = {"loss": "train_loss"}
+            names = {"loss": "train_loss", "lr": "train_lr"}  # `loss` and `lr` are the run table's
             self.run.log({names.get(k, k): v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def finish(self, result: Mapping | None) -> None:

@@ -1,4 +1,4 @@
-"""Shared by all tests: CPU only, no compilation cache of the user's, a small corpus and a small study."""
+"""Shared by all tests: CPU only, a small corpus and a small study."""
 
 import json
 import os

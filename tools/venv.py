@@ -68,7 +68,9 @@ def get_uv(venv):
     home = os.path.abspath(venv) + "-tools"
     uv = os.path.join(home, "bin", "uv")
     if not os.path.exists(uv):
-        subprocess.run([sys.executable, "-m", "venv", home], check=True)
+        made = subprocess.run([sys.executable, "-m", "venv", home], capture_output=True, text=True)
+        if made.returncode:
+            sys.exit(f"error: {sys.executable} cannot make a virtual environment: {made.stdout[:500]}")
         pip = [os.path.join(home, "bin", "python"), "-m", "pip", "install", "-q", "uv"]
         subprocess.run(pip, check=False)
     return uv if os.path.exists(uv) else None

@@ -67,6 +67,14 @@ def test_search_agrees_with_the_closed_form(fit):
     np.testing.assert_allclose(searched["loss"], closed["loss"], rtol=1e-12)
 
 
+@pytest.mark.parametrize("budget", [1e10, 1e24, 1e27])
+def test_search_reaches_small_and_large_budgets(exact, budget):
+    closed = fits.allocate(exact, budget)
+    searched = fits.allocate(exact, budget, flops=lambda N, D: 6 * N * D)
+    # a minimum is flat: float64 finds its place to about the root of its spacing
+    assert math.isclose(searched.N, closed.N, rel_tol=1e-6)
+
+
 def test_a_law_without_a_minimum_says_so():
     """With one term that both variables shrink together the best N lies at an end."""
     params = {"E": 1.5, "K": 1300.0, "alpha": 0.16, "beta": 0.18}

@@ -109,6 +109,14 @@ def test_seeds_multiply_the_grid(config):
         ({"grid__budget": 1}, "did you mean 'budgets'"),
         ({"seeds": [0, 0]}, "a seed is listed twice"),
         ({"seeds": [-1]}, "seeds is \\[-1\\]"),
+        ({"seeds": [2**40]}, "from 0 to 2"),
+        ({"grid__budgets": [10**400]}, "grid.budgets holds"),
+        ({"grid__kind": ["isoflop"]}, "grid.kind is"),
+        ({"grid__tokens_per_param": [1, "b"]}, "grid.tokens_per_param holds 'b'"),
+        ({"grid__tokens_per_param": [5, 2]}, "low must be below high"),
+        ({"model__vocab": 100}, "model.vocab is 100 but the data has token ids up to 255"),
+        ({"eval__sequences": 10**6}, "eval.sequences is 1000000"),
+        ({"grid": {"kind": "list", "cells": [{"params": 1, "tokens": 1, "set": [1]}]}}, "must be a mapping"),
         ({"name": "a/b"}, "without slashes"),
         ({"model__d_model": 64}, "model.d_model is set for the whole study; it comes from the recipe"),
         ({"model__head_dim": 3}, "model.head_dim is 3"),
@@ -138,6 +146,9 @@ def test_manifest_is_immutable(config, tmp_path):
     assert write_manifest(tmp_path, grown, grow=True) == "grown"
     assert json.loads((tmp_path / "manifest.json").read_text())["revision"] == 2
     assert json.loads((tmp_path / "manifest.r1.json").read_text()) == first
+    same = make(config, grid__tolerance=0.02, grid__budgets=[4e8, 1.6e9, 3e9])
+    with pytest.raises(StudyError, match="these same"):
+        write_manifest(tmp_path, same)
     with pytest.raises(StudyError, match="not in this config"):
         write_manifest(tmp_path, make(config, data__seq=16), grow=True)
 
@@ -146,8 +157,10 @@ def test_manifest_is_immutable(config, tmp_path):
     ("text", "words"),
     [
         ("x = 1", "has no function get_config"),
-        ("def get_config(): return 3", "returned int"),
+        ("def get_config(): return 3", "holds a int; it must hold a mapping"),
         ("def get_config(): return 1 / 0", "ZeroDivisionError"),
+        ("import sys; sys.exit(0)", "cannot be run: SystemExit"),
+        ("import math; math.tauu", "cannot be run: AttributeError"),
         ("import nothing_such", "cannot be run: ModuleNotFoundError"),
     ],
 )
@@ -169,9 +182,9 @@ def test_overrides(study_file):
 
 SNAPSHOT = [
     ("4ff1bfe2de002c88", 2920, 21248, 4),
-    ("76690deafee75051", 5512, 10368, 2),
+    ("6c823b35ea7415ba", 5512, 10368, 3),
     ("02673ffadd786216", 13144, 4800, 2),
-    ("41cf7f31d78e0433", 2920, 84736, 8),
+    ("c72b44a871f517ff", 2920, 84864, 6),
     ("d30b6f04af98ae3a", 5512, 41472, 4),
-    ("afa61a08e8d978b9", 13144, 19200, 4),
+    ("674ad206f4114940", 13144, 19296, 3),
 ]

@@ -30,7 +30,7 @@ def test_a_cell_is_mirrored(corpus, tmp_path):
     row = table.iloc[0]
     for key in ("loss", "loss_stderr", "tokens", "flops", "status", "steps"):
         assert row[key] == result[key]
-    assert row["optim.lr"] == 1e-2 and row["params"] == row["params_total"]
+    assert row["lr"] == row["optim.lr"] == 1e-2 and row["params"] == row["params_total"]
 
 
 def test_history_and_torn_files(tmp_path):

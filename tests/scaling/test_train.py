@@ -101,6 +101,17 @@ def test_torn_metrics_line(cell, tmp_path):
     assert files(torn) == files(whole)
 
 
+def test_lost_metrics_restart_the_cell(cell, tmp_path):
+    whole, cut = CellFolder(tmp_path, "whole"), CellFolder(tmp_path, "cut")
+    train(cell, whole)
+    with pytest.raises(Killed):
+        train(cell, cut, Execution(checkpoint_steps=10), kill_after(35))
+    lines = cut.metrics.read_bytes().splitlines(keepends=True)
+    cut.metrics.write_bytes(b"".join(lines[:12]) + lines[13][:9])
+    train(cell, cut)
+    assert files(cut) == files(whole)
+
+
 @pytest.mark.parametrize(("lr", "words"), [(1e30, "was (nan|inf)"), (50.0, "uniform guess")])
 def test_divergence_is_data(cell, tmp_path, lr, words):
     cell["optim"] |= {"lr": lr, "grad_clip": None, "weight_decay": 0.0}
@@ -110,6 +121,8 @@ def test_divergence_is_data(cell, tmp_path, lr, words):
     import re
 
     assert re.search(words, result["reason"]), result["reason"]
+    # what it cost is what was trained, not what was planned
+    assert 0 < result["steps"] <= 40 and result["tokens"] == result["steps"] * 4 * 32
     assert "NaN" not in folder.result.read_text() + folder.metrics.read_text()
 
 
@@ -123,7 +136,7 @@ def test_other_cell_in_the_folder(cell, tmp_path):
 
 def test_changed_data(cell, tmp_path):
     cell["data"]["fingerprint"] = "0" * 16
-    with pytest.raises(ConfigError, match="data.fingerprint is '0000000000000000' but the data found here"):
+    with pytest.raises(ConfigError, match="data.fingerprint is '0000000000000000'; the data"):
         train(cell, CellFolder(tmp_path, "c"))
 
 
