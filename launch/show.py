@@ -15,7 +15,8 @@ from rich.table import Table
 from scaling.records import RESULTS, progress
 
 STATUS_STYLE = {"finished": "green", "running": "cyan", "diverged": "yellow", "failed": "red"}
-PLAN_COLUMNS = "C target, C, off, N, N non-emb, D, D/N, shape, batch, steps, LR, memory, time"
+LEAST_NEEDED = ("memory", "C", "N non-emb", "batch", "steps", "cell")
+"""Columns of the plan that a narrow terminal goes without, first to go first."""
 
 
 def si(x: float | None) -> str:
@@ -39,40 +40,59 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def plan(console: Console, manifest: dict, estimate: dict | None, study: Path, outcome: str) -> None:
-    """The table that a person checks before spending."""
-    name = manifest["study"]
-    convention = manifest["flops_convention"]
-    table = Table(title=f"{name}: {len(manifest['cells'])} cells", header_style="bold", padding=(0, 1))
-    table.add_column("cell")
-    for column in PLAN_COLUMNS.split(", "):
-        table.add_column(column, justify="right")
-    last = None
+def plan_rows(manifest: dict, estimate: dict | None) -> list[dict[str, str]]:
+    """The cells as printed: column to text."""
+    rows = []
     for i, cell in enumerate(manifest["cells"]):
         got, target, config = cell["achieved"], cell["target"], cell["config"]
-        c = got["flops_by_convention"][convention]
-        if last is not None and target["flops"] != last:
-            table.add_section()
-        last = target["flops"]
-        model, train = config["model"], config["train"]
+        c = got["flops_by_convention"][manifest["flops_convention"]]
         guess = estimate["cells"][i] if estimate else {"seconds": None, "bytes": None}
-        table.add_row(
-            cell["id"][:8],
-            f"{target['flops']:.3g}" if target["flops"] else "-",
-            f"{c:.4g}",
-            f"{c / target['flops'] - 1:+.2%}" if target["flops"] else "-",
-            si(got["params_total"]),
-            si(got["params_nonembedding"]),
-            si(got["tokens"]),
-            f"{got['ratio']:.3g}",
-            f"{model['layers']}x{model['d_model']}",
-            str(train["batch"]),
-            str(train["steps"]),
-            f"{config['optim']['lr']:.3g}",
-            f"{guess['bytes'] / 2**20:.0f} MB" if guess["bytes"] else "-",
-            duration(guess["seconds"]),
+        rows.append(
+            {
+                "cell": cell["id"][:8],
+                "C target": f"{target['flops']:.3g}" if target["flops"] else "-",
+                "C": f"{c:.4g}",
+                "off": f"{c / target['flops'] - 1:+.2%}" if target["flops"] else "-",
+                "N": si(got["params_total"]),
+                "N non-emb": si(got["params_nonembedding"]),
+                "D": si(got["tokens"]),
+                "D/N": f"{got['ratio']:.3g}",
+                "shape": f"{config['model']['layers']}x{config['model']['d_model']}",
+                "batch": str(config["train"]["batch"]),
+                "steps": str(config["train"]["steps"]),
+                "LR": f"{config['optim']['lr']:.3g}",
+                "memory": f"{guess['bytes'] / 2**20:.0f} MB" if guess["bytes"] else "-",
+                "time": duration(guess["seconds"]),
+            }
         )
+    return rows
+
+
+def plan_table(title: str, rows: list[dict[str, str]], left_out: set[str]) -> Table:
+    """The plan as a table, a rule between budgets."""
+    table = Table(title=title, header_style="bold", padding=(0, 1))
+    columns = [c for c in rows[0] if c not in left_out]
+    for column in columns:
+        table.add_column(column, justify="left" if column == "cell" else "right", no_wrap=True)
+    for before, row in zip([None, *rows], rows, strict=False):
+        if before is not None and before["C target"] != row["C target"]:
+            table.add_section()
+        table.add_row(*[row[c] for c in columns])
+    return table
+
+
+def plan(console: Console, manifest: dict, estimate: dict | None, study: Path, outcome: str) -> None:
+    """The table that a person checks before spending."""
+    title = f"{manifest['study']}: {len(manifest['cells'])} cells"
+    rows = plan_rows(manifest, estimate)
+    for n in range(len(LEAST_NEEDED) + 1):
+        table = plan_table(title, rows, set(LEAST_NEEDED[:n]))
+        widths = [max(map(len, [c, *(r[c] for r in rows)])) for c in rows[0] if c not in LEAST_NEEDED[:n]]
+        if sum(widths) + 3 * len(widths) + 1 <= console.width:  # two spaces and a rule a column
+            break
     console.print(table)
+    if n:
+        console.print(f"left out at this width: {', '.join(LEAST_NEEDED[:n])} (--json has all)")
     for dropped in manifest["dropped"]:
         target = dropped["target"]
         at = f"C {target['flops']:.3g}" if target["flops"] else f"D {target['tokens']:.3g}"

@@ -76,6 +76,17 @@ def get_uv(venv):
     return uv if os.path.exists(uv) else None
 
 
+def local_wheels(python):
+    """pip's own ``find-links`` folders as options for uv, which does not read pip's settings."""
+    listed = subprocess.run([python, "-m", "pip", "config", "list"], capture_output=True, text=True)
+    folders = []
+    for line in listed.stdout.splitlines():
+        name, _, value = line.partition("=")
+        if name.endswith("find-links"):
+            folders += value.strip("'\"").split()
+    return [option for folder in dict.fromkeys(folders) for option in ("--find-links", folder)]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("venv")
@@ -99,7 +110,9 @@ def main():
     print(f"setting up {args.venv} with {python}", flush=True)
     subprocess.run([python, "-m", "venv", "--clear", args.venv], check=True)
     inside = os.path.join(args.venv, "bin", "python")
-    install = [uv, "pip", "install", "--python", inside] if uv else [inside, "-m", "pip", "install"]
+    install = [inside, "-m", "pip", "install"]
+    if uv:
+        install = [uv, "pip", "install", "--python", inside, *local_wheels(inside)]
     subprocess.run(
         [*install, "-q", "-c", os.path.join(ROOT, "constraints.txt"), "-e", f"{ROOT}[{args.extras}]"],
         check=True,
