@@ -65,7 +65,7 @@ def plan(study: Mapping, data: Mapping) -> dict:
     Args:
       study: from ``scaling.study.validate_study``.
       data: what is known of the data set: ``fingerprint``, ``vocab``, ``unique_tokens`` (training
-        tokens in one pass), ``bytes_per_token``.
+        tokens in one pass), ``heldout_tokens``, ``bytes_per_token``.
 
     Returns:
       The manifest, plain JSON: ``study, revision, config, data, flops_convention, cells, dropped``.

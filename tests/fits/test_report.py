@@ -52,7 +52,8 @@ STUDY = {
         "width_multiple": 16, "ffn_multiple": 8,
     },
 }  # fmt: skip
-DATA = {"fingerprint": "abc123", "vocab": 256, "unique_tokens": 2.5e8, "bytes_per_token": 1.0}
+DATA = {"fingerprint": "abc123", "vocab": 256, "unique_tokens": 2.5e8, "heldout_tokens": 10**6,
+        "bytes_per_token": 1.0}  # fmt: skip
 
 
 def make_study(folder, losses=True) -> pd.DataFrame:
