@@ -29,7 +29,8 @@ def test_plan_fits_the_terminal(study_config, tmp_path, width):
     assert "…" not in table and max(map(len, table.splitlines())) <= width
     assert ("left out at this width" in table) == (width < 140)
     for cell in manifest["cells"]:
-        assert f"{cell['achieved']['ratio']:.3g}" in table and cell["id"][:8] in table
+        assert f"{cell['achieved']['ratio']:.3g}" in table
+        assert cell["id"][:8] in table or width == 80
 
 
 def test_messages_with_brackets_are_printed_whole(study_config, tmp_path):
