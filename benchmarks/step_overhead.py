@@ -31,7 +31,7 @@ from scaling.files import CellFolder
 from scaling.models.lm import build
 from scaling.models.loss import loss_fn
 from scaling.optim import decays
-from scaling.train import LOGGED_POINTS, Execution, train
+from scaling.train import LOGGED_POINTS, UNROLLED_LAYERS, Execution, train
 
 SHAPES = {"d_model 64, 2 layers": (64, 2), "d_model 128, 4 layers": (128, 4)}
 SEQ, BATCH = 128, 8
@@ -55,7 +55,8 @@ def make_cell(d_model: int, layers: int, steps: int) -> dict:
 def bare_loop(cell: dict):
     """A function that runs n bare steps and returns the seconds they took."""
     optim, steps = cell["optim"], cell["train"]["steps"]
-    apply, params = build(cell["model"], seed=0)
+    unroll = cell["model"]["layers"] <= UNROLLED_LAYERS  # the same program as ours
+    apply, params = build(cell["model"], seed=0, unroll=unroll)
     decay = round(cell["schedule"]["decay_fraction"] * steps)
     schedule = optax.join_schedules(
         [
