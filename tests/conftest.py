@@ -7,6 +7,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 import pytest
+from tiny_study import tiny_study
 
 
 @pytest.fixture(scope="session")
@@ -25,23 +26,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def study_config(corpus):
     """A study config of two budgets and three sizes that trains in seconds."""
-    return {
-        "name": "tiny",
-        "grid": {"kind": "isoflop", "budgets": [4e8, 1.6e9], "params": [3e3, 6e3, 12e3], "min_steps": 20},
-        "model": {"head_dim": 8},
-        "data": {"source": "text", "path": str(corpus), "seq": 32},
-        "recipe": {
-            "params": 6e3,
-            "tokens": 3e4,
-            "lr": 1e-2,
-            "batch_tokens": 128,
-            "width_per_layer": 16.0,
-            "width_multiple": 8,
-            "ffn_multiple": 8,
-            "min_warmup_steps": 2,
-        },
-        "eval": {"sequences": 16},
-    }
+    return tiny_study(corpus)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from tiny_study import tiny_study
 
 from scaling.records import collect, read_table
 
@@ -53,24 +54,7 @@ def done(corpus, tmp_path_factory):
 
 
 def tiny(corpus, **changes):
-    return {
-        "name": "tiny",
-        "grid": {"kind": "isoflop", "budgets": [1e8, 2e8], "params": [3e3, 6e3, 1e4], "min_steps": 10},
-        "model": {"head_dim": 8},
-        "data": {"source": "text", "path": str(corpus), "seq": 32},
-        "recipe": {
-            "params": 6e3,
-            "tokens": 3e4,
-            "lr": 1e-2,
-            "batch_tokens": 64,
-            "width_per_layer": 16.0,
-            "width_multiple": 8,
-            "ffn_multiple": 8,
-            "min_warmup_steps": 2,
-        },
-        "eval": {"sequences": 8},
-        **changes,
-    }
+    return tiny_study(corpus, budgets=(1e8, 2e8), params=(3e3, 6e3, 1e4), **changes)
 
 
 @pytest.mark.slow
