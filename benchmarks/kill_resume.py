@@ -48,6 +48,7 @@ def scaling(*args: str) -> None:
 
 def kill_once(study: Path, seconds: float) -> dict:
     """Starts `scaling run`, kills its process group after a while; says what stood on disk then."""
+    before = unfinished_saves(study)
     process = subprocess.Popen(
         [*SCALING, "run", str(study), "--checkpoint-steps", SAVE_EVERY],
         stdout=subprocess.DEVNULL,
@@ -58,10 +59,15 @@ def kill_once(study: Path, seconds: float) -> dict:
     if not ended:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    cells = study / "cells"
-    torn = [p for p in cells.glob("*/checkpoints/*") if not p.name.isdigit()]
-    done = len(list(cells.glob("*/result.json")))
-    return {"after_seconds": round(seconds, 2), "ended": ended, "cells_done": done, "torn_saves": len(torn)}
+    torn = len(unfinished_saves(study) - before)
+    done = len(list((study / "cells").glob("*/result.json")))
+    return {"after_seconds": round(seconds, 2), "ended": ended, "cells_done": done, "torn_saves": torn}
+
+
+def unfinished_saves(study: Path) -> set:
+    """Checkpoints that a kill cut short, by folder and inode: a name may come again."""
+    found = (study / "cells").glob("*/checkpoints/*")
+    return {(p, p.stat().st_ino) for p in found if not p.name.isdigit()}
 
 
 def main() -> int:

@@ -1,12 +1,12 @@
 """A study config that trains in seconds, for the tests of the planner and of the command line."""
 
 
-def tiny_study(corpus, budgets=(4e8, 1.6e9), params=(3e3, 6e3, 12e3), **changes) -> dict:
+def tiny_study(corpus, budgets=(4e8, 1.6e9), params=(3e3, 6e3, 12e3), batch_tokens=128, **changes) -> dict:
     """An isoFLOP study on a folder of text files.
 
     Args:
       corpus: the folder.
-      budgets: training FLOPs. params: target N.
+      budgets: training FLOPs. params: target N. batch_tokens: the reference cell's batch.
       changes: whole sections to replace.
     """
     return {
@@ -18,7 +18,7 @@ def tiny_study(corpus, budgets=(4e8, 1.6e9), params=(3e3, 6e3, 12e3), **changes)
             "params": 6e3,
             "tokens": 3e4,
             "lr": 1e-2,
-            "batch_tokens": 128,
+            "batch_tokens": batch_tokens,
             "width_per_layer": 16.0,
             "width_multiple": 8,
             "ffn_multiple": 8,

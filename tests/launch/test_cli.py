@@ -54,7 +54,7 @@ def done(corpus, tmp_path_factory):
 
 
 def tiny(corpus, **changes):
-    return tiny_study(corpus, budgets=(1e8, 2e8), params=(3e3, 6e3, 1e4), **changes)
+    return tiny_study(corpus, budgets=(1e8, 2e8), params=(3e3, 6e3, 1e4), batch_tokens=64, **changes)
 
 
 @pytest.mark.slow
