@@ -88,29 +88,36 @@ def from_dict(data: Mapping[str, Any], law: Law | None = None) -> Fit:
         raise FitError(f"the fit file is damaged: {type(error).__name__}: {error}") from error
 
 
+def write_whole(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file aside and renames it: whole or not at all, readable by others.
+
+    Raises:
+      FitError: the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(aside, 0o644)  # mkstemp makes a private file; results are to be shared
+            os.replace(aside, path)
+        finally:
+            pathlib.Path(aside).unlink(missing_ok=True)
+    except OSError as error:
+        raise FitError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
 def write_fit(fit: Fit, path: str | os.PathLike) -> pathlib.Path:
-    """Writes the fit file whole or not at all (aside, then renamed).
+    """Writes the fit file whole or not at all.
 
     Raises:
       FitError: the folder cannot be written.
     """
     path = pathlib.Path(path)
-    text = json.dumps(to_dict(fit), allow_nan=False)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    except OSError as error:
-        raise FitError(f"{path} cannot be written: {error.strerror or error}") from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        raise FitError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        pathlib.Path(aside).unlink(missing_ok=True)
+    write_whole(path, json.dumps(to_dict(fit), allow_nan=False).encode())
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +18,7 @@ from fits import report_study as study_words
 from fits import report_tables as words
 from fits.errors import FitError
 from fits.fit import Fit
-from fits.fitfile import read_fit
+from fits.fitfile import read_fit, write_whole
 
 FRONTIER_POINTS = 7
 """Budgets at which the frontier is computed: exact under C = 6ND, where it is a power law, and under any
@@ -82,10 +81,10 @@ def write_report(
     for name in CAPTIONS:
         path = Path(plots_dir) / f"{name}.png"
         if name in figures:
-            _write_whole(path, plots.png(figures[name]))
+            write_whole(path, plots.png(figures[name]))
         else:
             _remove(path)  # a picture of an earlier fit would be taken for one of this
-    _write_whole(out, page.encode())
+    write_whole(out, page.encode())
     return out
 
 
@@ -234,24 +233,3 @@ def _remove(path: Path) -> None:
         return  # then nothing of that name is there
     except OSError as error:
         raise FitError(f"{path} cannot be removed: {error.strerror or error}") from error
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Writes aside and renames.
-
-    Raises:
-      FitError: the folder cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.chmod(aside, 0o644)  # mkstemp makes a private file; a report is to be shared
-            os.replace(aside, path)
-        except OSError:
-            Path(aside).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise FitError(f"{path} cannot be written: {error.strerror or error}") from error
