@@ -1,5 +1,6 @@
 """From a run table to laws, intervals and allocations. Needs neither flax nor an accelerator."""
 
+from fits.budget import Budget
 from fits.errors import FitError
 from fits.estimate import fit_table
 from fits.fit import Fit
@@ -14,6 +15,7 @@ from fits.approaches import Approach, Comparison, approaches  # isort: skip
 __all__ = [
     "Allocation",
     "Approach",
+    "Budget",
     "Comparison",
     "Fit",
     "FitError",

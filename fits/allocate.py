@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fits.budget import Budget, positive
+from fits.constraints import AtUnique, Limits, limited_optimum, marginal_values, size_for, with_inference
 from fits.errors import FitError
 from fits.laws import Law
 from fits.uncertainty import interval
@@ -29,9 +31,14 @@ class Allocation:
       intervals: N, D, loss, tokens_per_param -> {"estimate", "sd", "80", "95"}.
       band: {"within", "N": [low, high], "D": [low, high]}: the sizes that reach the same loss with at
         most (1 + within) times the budget, and the tokens that each end needs for it (None: no end found).
+        Limits are not applied to it.
       extrapolation: budget, N and D over the largest in the table, and the same in words.
       shape: what the ``shape`` callback returned for N. buildable: N, D and loss of that shape at this
         budget, and extra_compute, the share of compute that it costs against the optimum.
+      limits: the limits given. marginal: what each limit that binds is worth (``marginal_values``).
+      policy: tokens_per_param, N, D and loss of a fixed ratio at this budget, and extra_compute, the
+        share of compute that it needs beyond the budget to reach the loss above (None: it cannot).
+      regret: means over the draws, were this N and D trained: loss above the draw's own optimum.
     """
 
     budget: float
@@ -47,6 +54,10 @@ class Allocation:
     shape: dict | None
     buildable: dict | None
     flags: list[dict]
+    limits: dict[str, float] = dataclasses.field(default_factory=dict)
+    marginal: list[dict] = dataclasses.field(default_factory=list)
+    policy: dict | None = None
+    regret: dict | None = None
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -65,12 +76,29 @@ class Allocation:
         ends = ["no end found" if end is None else f"{end:.3g}" for end in (low, high)]
         lines.append(
             f"  same loss within {100 * self.band['within']:g} % of the compute: N {ends[0]} to {ends[1]}"
+            + (", limits aside" if self.limits else "")
         )
         lines.append("  " + self.extrapolation["text"])
         if self.buildable:
             b = self.buildable
             lines.append(f"  buildable: N {b['N']:.5g}, D {b['D']:.5g}, loss {b['loss']:.5g}, "
                          f"{100 * b['extra_compute']:.2g} % more compute than the optimum")  # fmt: skip
+        if self.limits:
+            lines.append("  limits: " + ", ".join(f"{k} {v:.5g}" for k, v in self.limits.items()))
+        for m in self.marginal:
+            worth = "" if m["budget_per_log"] is None else (
+                f"; 1 % more of it is worth {m['budget_per_log']:.2g} % more budget")  # fmt: skip
+            lines.append(
+                f"  {m['limit']} binds: loss changes by {m['loss_per_log'] / 100:.2g} per 1 %{worth}"
+            )
+        if self.policy:
+            p = self.policy
+            extra = "cannot reach the loss above" if p["extra_compute"] is None else (
+                f"needs {100 * p['extra_compute']:.2g} % more compute to reach the loss above")  # fmt: skip
+            lines.append(f"  at {p['tokens_per_param']:g} tokens a parameter: N {p['N']:.5g}, "
+                         f"D {p['D']:.5g}, loss {p['loss']:.5g}; {extra}")  # fmt: skip
+        if self.regret:
+            lines.append(f"  expected regret: loss {self.regret['loss']:.2g} above the best, over the draws")
         return "\n".join(lines)
 
     def __rich__(self):
@@ -204,23 +232,38 @@ def _extrapolation(fit: Fit, budget: float, N: float, D: float) -> dict:
 
 def allocate(
     fit: Fit,
-    budget: float,
+    budget: float | Budget,
     *,
     flops: Flops | None = None,
     within: float = 0.10,
     shape: Callable[[float], Mapping] | None = None,
+    policy: float = 20.0,
+    **limits: float | None,
 ) -> Allocation:
     """The compute-optimal N and D for a budget, with intervals from the fit's draws.
 
     Args:
-      budget: training FLOPs.
+      budget: FLOPs, or a ``Budget``. With ``inference_tokens`` it pays for training and for serving.
       flops: training FLOPs of (N, D) on arrays, rising in both; default 6 N D.
       within: how much more compute the near-optimal band may cost (0.10: ten per cent).
       shape: gives a buildable shape for N: a mapping with at least ``params``.
+      policy: tokens a parameter of the rule to compare with.
+      limits: ``min_params``, ``max_params``, ``max_tokens``, ``unique_tokens`` (with ``max_epochs``, or for a
+        law in U), ``tokens_per_param`` (held), ``inference_tokens`` (served, at 2 N FLOPs each),
+        ``max_memory_bytes`` with ``bytes_per_param``. None: no limit.
 
     Raises:
-      FitError: a bad budget, a fit whose status forbids numbers, or a law with no optimum in N and D.
+      FitError: limits that collide, a bad budget, a fit whose status forbids numbers, or a law with no
+      optimum in N and D.
     """
+    if isinstance(budget, Budget):
+        budget = budget.total
+    unknown = set(limits) - {f.name for f in dataclasses.fields(Limits)}
+    if unknown:
+        known = ", ".join(f.name for f in dataclasses.fields(Limits))
+        raise FitError(f"allocate does not know {', '.join(sorted(unknown))}; the limits are {known}")
+    bounds = Limits(**limits)
+    policy = positive("policy", policy)
     if isinstance(budget, bool) or not (
         isinstance(budget, int | float | np.number) and math.isfinite(budget) and budget > 0
     ):
@@ -229,12 +272,19 @@ def allocate(
         raise FitError(f"within is {within!r}; it must be a positive share of compute, such as 0.1")
     if fit.status in ("not identified", "unconverged"):
         raise FitError(f"the fit is {fit.status} ({'; '.join(fit.reasons)}), so it allocates nothing")
-    if set(fit.law.variables) != {"N", "D"}:
+    law = fit.law
+    if set(law.variables) == {"N", "D", "U"}:
+        if bounds.unique_tokens is None:
+            raise FitError(f"the law {law.name} is in unique tokens too; give unique_tokens")
+        law = AtUnique(law, bounds.unique_tokens)
+    if set(law.variables) != {"N", "D"}:
         raise FitError(
             f"the law {fit.law.name} is in {', '.join(fit.law.variables)}; an allocation needs one in N and D"
         )
     budget = float(budget)
-    point = {k: float(np.squeeze(v)) for k, v in optimum(fit.law, fit.params, budget, flops).items()}
+    point = {
+        k: float(np.squeeze(v)) for k, v in limited_optimum(law, fit.params, budget, flops, bounds).items()
+    }
     if not all(math.isfinite(v) and v > 0 for v in point.values()):
         raise FitError(
             f"the law {fit.law.name} as fitted has no optimal N at {budget:.3g} FLOPs (status {fit.status})"
@@ -242,14 +292,24 @@ def allocate(
     point["tokens_per_param"] = point["D"] / point["N"]
     draws = {k: np.empty(0) for k in point}
     if len(fit.draws):
-        draws = dict(optimum(fit.law, fit.draw_params(), budget, flops))
+        draws = dict(limited_optimum(law, fit.draw_params(), budget, flops, bounds))
         draws["tokens_per_param"] = draws["D"] / draws["N"]
     cost = flops or six_nd
+    if bounds.inference_tokens is not None:
+        cost = with_inference(cost, bounds.inference_tokens)
     built = None
     made = dict(shape(point["N"])) if shape else None
     if made is not None:
-        built = _buildable(fit.law, fit.params, made, budget, point, cost)
+        built = _buildable(law, fit.params, made, budget, point, cost)
     flags = [f for f in fit.flags if f["code"] in ("boundary", "uncertain", "no_intervals")]
+    given = {k: float(v) for k, v in dataclasses.asdict(bounds).items() if v is not None}
+    if bounds.max_epochs is not None and law is fit.law:
+        text = f"the law {law.name} knows nothing of repeated tokens: each epoch counts as new data"
+        flags.append({"code": "repetition", "text": text})
+    spent = float(np.asarray(cost(np.array([point["N"]]), np.array([point["D"]])))[0])
+    if spent < (1 - 1e-6) * budget:
+        text = f"the limits leave {100 * (1 - spent / budget):.3g} % of the budget unspent"
+        flags.append({"code": "unspent", "text": text})
     extrapolation = _extrapolation(fit, budget, point["N"], point["D"])
     if extrapolation["budget_ratio"] > 100:
         far = f"the budget is {extrapolation['budget_ratio']:.3g} times the largest in the table"
@@ -258,10 +318,43 @@ def allocate(
     return Allocation(
         budget, point["N"], point["D"], point["loss"], point["tokens_per_param"],
         {k: interval(draws[k], v) for k, v in point.items()},
-        near_optimal(fit.law, fit.params, budget, point, within, cost),
+        near_optimal(law, fit.params, budget, point, within, cost),
         extrapolation, "C = 6 N D" if flops is None else getattr(flops, "label", "the given FLOP function"),
-        f"{fit.law.name}: {fit.law.formula}", made, built, flags,
+        f"{fit.law.name}: {fit.law.formula}", made, built, flags, given,
+        marginal_values(law, fit.params, budget, flops, bounds, point),
+        _policy(law, fit.params, budget, cost, policy, point["loss"]),
+        _regret(law, fit, point, draws["loss"]),
     )  # fmt: skip
+
+
+def _policy(law, params, budget: float, cost: Flops, ratio: float, target: float) -> dict:
+    """N, D and loss at D/N = ratio, and the extra compute with which that reaches ``target``."""
+
+    def at(log_budget):
+        N = size_for(cost, math.exp(log_budget), lambda n: ratio * n)
+        loss = law.predict(params, {"N": np.array([N]), "D": np.array([ratio * N])})
+        return N, float(np.squeeze(loss))
+
+    start = math.log(budget)
+    N, loss = at(start)
+    low, high = -REACH / 4, REACH / 4  # log of compute over the budget; limits may make the rule the better
+    extra = None
+    if at(start + high)[1] <= target:
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            low, high = (middle, high) if at(start + middle)[1] > target else (low, middle)
+        extra = math.expm1(high)
+    return {"tokens_per_param": ratio, "N": N, "D": ratio * N, "loss": loss, "extra_compute": extra}
+
+
+def _regret(law, fit: Fit, point: Mapping, best_B: np.ndarray) -> dict | None:
+    """Mean over the draws of the loss of this N and D above the draw's own (limited) optimum."""
+    if not len(best_B):
+        return None
+    x = {"N": np.array([point["N"]]), "D": np.array([point["D"]])}
+    above = np.asarray(law.predict(fit.draw_params(), x)) - best_B
+    above = above[np.isfinite(above)]
+    return {"loss": float(above.mean())} if len(above) else None
 
 
 def _buildable(law: Law, params, made: Mapping, budget: float, point: Mapping, flops: Flops) -> dict:
