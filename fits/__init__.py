@@ -1,6 +1,7 @@
 """From a run table to laws, intervals and allocations. Needs neither flax nor an accelerator."""
 
 from fits.budget import Budget
+from fits.design import NextRuns, next_runs, spend_for
 from fits.errors import FitError
 from fits.estimate import fit_table
 from fits.fit import Fit
@@ -20,6 +21,7 @@ __all__ = [
     "Fit",
     "FitError",
     "Law",
+    "NextRuns",
     "PowerSum",
     "Term",
     "allocate",
@@ -27,7 +29,9 @@ __all__ = [
     "fit_table",
     "get_law",
     "law_names",
+    "next_runs",
     "read_fit",
     "read_table",
+    "spend_for",
     "write_fit",
 ]
