@@ -1,106 +1,13 @@
-"""The library of laws: one small class each, with its formula, its source and its units.
-
-Variables are N (parameters), D (training tokens) and C (training FLOPs); L is the loss in the
-table's own unit (nats a token where the table says nothing else). A sum of power terms needs
-only its list of terms; every other law needs ``predict`` and ``starts``.
-"""
+"""The laws of size, data and compute: Chinchilla and its kin, Kaplan, and single powers."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from fits.errors import FitError
-
-COLUMN_OF = {"N": "params", "D": "tokens", "C": "flops"}
-EXPONENT_BOUNDS = (1e-3, 10.0)  # beyond either end a power of N or D is a constant or a step
-
-
-class Law:
-    """A functional form with named parameters.
-
-    Subclasses set ``name, formula, source, variables, parameters`` and define ``predict``; a law
-    that is no sum of power terms also defines ``starts``.
-    """
-
-    name: str = ""
-    formula: str = ""
-    source: str = ""
-    variables: tuple[str, ...] = ("N", "D")
-    parameters: tuple[str, ...] = ()
-    bounds: Mapping[str, tuple[float, float]] = {}
-    offset: str | None = "E"  # the parameter that the loss approaches when every variable grows
-
-    def predict(self, params: Mapping[str, Any], x: Mapping[str, Any], xp=np):
-        """The loss; ``params`` and ``x`` hold what broadcasts, ``xp`` is numpy or jax.numpy."""
-        raise NotImplementedError
-
-    def starts(self, x: Mapping[str, np.ndarray], y: np.ndarray) -> list[dict[str, float]]:
-        """Starting points for the solver, in the law's own parameters."""
-        raise NotImplementedError
-
-    def to_solver(self, params: Mapping[str, Any], centre: Mapping[str, float], xp=np) -> list:
-        """Solver coordinates (log of positive parameters unless the law knows better)."""
-        return [xp.log(params[k]) if self._positive(k) else params[k] for k in self.parameters]
-
-    def from_solver(self, p: Sequence, centre: Mapping[str, float], xp=np) -> dict[str, Any]:
-        """The inverse of ``to_solver``."""
-        return {k: xp.exp(v) if self._positive(k) else v for k, v in zip(self.parameters, p, strict=True)}
-
-    def _positive(self, name: str) -> bool:
-        return self.bounds.get(name, (-math.inf, math.inf))[0] >= 0
-
-    def compute_exponents(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """``{"a", "b"}`` of N* ~ C^a and D* ~ C^b under C = 6ND; ``{}`` where the law has no such powers."""
-        return {}
-
-    def optimum(self, params: Mapping[str, Any], budget: Any) -> dict[str, Any] | None:
-        """Closed-form ``{"N", "D", "loss"}`` at C = 6ND = ``budget``, or None where there is none."""
-        return None
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.formula})"
-
-
-@dataclasses.dataclass(frozen=True)
-class Term:
-    """``coefficient * prod(x ** -exponent)``; ``powers`` maps a variable to its exponent's name."""
-
-    coefficient: str
-    powers: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
-class PowerSum(Law):
-    """A sum of power terms: linear in the coefficients once the exponents are known."""
-
-    terms: tuple[Term, ...] = ()
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        names = [t.coefficient for t in cls.terms]
-        exponents = list(dict.fromkeys(e for t in cls.terms for e in t.powers.values()))
-        cls.parameters = (*names, *exponents)
-        cls.variables = tuple(dict.fromkeys(v for t in cls.terms for v in t.powers))
-        cls.bounds = {n: (0.0, math.inf) for n in names} | {e: EXPONENT_BOUNDS for e in exponents}
-
-    def predict(self, params, x, xp=np):
-        total = 0.0
-        for term in self.terms:
-            power = sum(params[e] * xp.log(x[v]) for v, e in term.powers.items())
-            total = total + params[term.coefficient] * (xp.exp(-power) if term.powers else 1.0)
-        return total
-
-
-def _balance(A, alpha, B, beta, budget) -> tuple[Any, Any]:
-    """N and D that minimise A/N^alpha + B/D^beta on 6ND = budget (Hoffmann et al. 2022, eq. 4)."""
-    log_g = (np.log(alpha * A) - np.log(beta * B)) / (alpha + beta)
-    log_nd = np.log(np.asarray(budget, float) / 6.0)
-    log_n = log_g + beta / (alpha + beta) * log_nd
-    return np.exp(log_n), np.exp(log_nd - log_n)
+from fits.laws.base import EXPONENT_BOUNDS, Law, PowerSum, Term, balance
 
 
 class Chinchilla(PowerSum):
@@ -116,7 +23,7 @@ class Chinchilla(PowerSum):
         return {"a": params["beta"] / total, "b": params["alpha"] / total}
 
     def optimum(self, params, budget):
-        N, D = _balance(params["A"], params["alpha"], params["B"], params["beta"], budget)
+        N, D = balance(params["A"], params["alpha"], params["B"], params["beta"], budget)
         return {"N": N, "D": D, "loss": self.predict(params, {"N": N, "D": D})}
 
 
@@ -133,7 +40,7 @@ class Tied(PowerSum):
         return {"a": half, "b": half}
 
     def optimum(self, params, budget):
-        N, D = _balance(params["A"], params["alpha"], params["B"], params["alpha"], budget)
+        N, D = balance(params["A"], params["alpha"], params["B"], params["alpha"], budget)
         return {"N": N, "D": D, "loss": self.predict(params, {"N": N, "D": D})}
 
 
@@ -229,26 +136,3 @@ class Product(PowerSum):
     formula = "L = E + K / (N^alpha D^beta)"
     source = "Zhang et al. 2024, eq. 1 (arXiv:2402.17193)"
     terms = (Term("E"), Term("K", {"N": "alpha", "D": "beta"}))
-
-
-LAWS: dict[str, Law] = {
-    law.name: law for law in (Chinchilla(), Tied(), Kaplan(), PowerN(), PowerD(), PowerC(), Product())
-}
-
-
-def law_names() -> list[str]:
-    """The names that ``get_law`` knows."""
-    return list(LAWS)
-
-
-def get_law(law: str | Law) -> Law:
-    """The law of that name; a ``Law`` passes through.
-
-    Raises:
-      FitError: an unknown name.
-    """
-    if isinstance(law, Law):
-        return law
-    if law not in LAWS:
-        raise FitError(f"law is {law!r}; it must be one of {', '.join(LAWS)}, or a fits.Law object")
-    return LAWS[law]
