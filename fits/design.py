@@ -43,7 +43,8 @@ class NextRuns:
         )
         for r in self.runs:
             lines.append(
-                f"  N {r['params']:.4g}, D {r['tokens']:.4g}, {r['flops']:.4g} FLOPs: then {r['half_width']:.3g}"
+                f"  N {r['params']:.4g}, D {r['tokens']:.4g}, {r['flops']:.4g} FLOPs"
+                f": then {r['half_width']:.3g}"
             )
         return "\n".join([*lines, f"  in all {self.flops:.4g} FLOPs"])
 
