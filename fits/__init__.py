@@ -6,12 +6,15 @@ from fits.errors import FitError
 from fits.estimate import fit_table
 from fits.fit import Fit
 from fits.fitfile import read_fit, write_fit
-from fits.laws import Law, PowerSum, Term, get_law, law_names
+from fits.laws import Law, PowerSum, Term, get_law, law_names, register_law
+from fits.shared import SharedFit, shared_fit
 from fits.table import read_table
 
 # last, because the functions take the names of their modules
 from fits.allocate import Allocation, allocate  # isort: skip
 from fits.approaches import Approach, Comparison, approaches  # isort: skip
+from fits.compare import StudyComparison, compare  # isort: skip
+from fits.select import Selection, select  # isort: skip
 
 __all__ = [
     "Allocation",
@@ -23,15 +26,22 @@ __all__ = [
     "Law",
     "NextRuns",
     "PowerSum",
+    "Selection",
+    "SharedFit",
+    "StudyComparison",
     "Term",
     "allocate",
     "approaches",
+    "compare",
     "fit_table",
     "get_law",
     "law_names",
     "next_runs",
     "read_fit",
     "read_table",
+    "register_law",
+    "select",
+    "shared_fit",
     "spend_for",
     "write_fit",
 ]

@@ -41,11 +41,15 @@ def structure(law: Law, table: Table, fixed: Mapping[str, float]) -> list[str]:
         "N": "all runs have the same N",
         "D": "all runs have the same D",
         "C": "all runs are at one budget",
+        "U": "all runs have the same number of unique tokens",
+        "S": "all runs have the same number of steps",
+        "B": "all runs have the same batch",
     }
-    needed = list(law.variables) + (["C"] if {"N", "D"} <= set(law.variables) else [])
+    # unique tokens may be one pool that the runs repeat more or less often
+    needed = [v for v in law.variables if v != "U"] + (["C"] if {"N", "D"} <= set(law.variables) else [])
     needed = [] if fixed else needed
     for variable in needed:
-        column = {"N": table.params, "D": table.tokens, "C": table.flops}[variable]
+        column = np.exp(x[variable])
         width = BUDGET_WIDTH if variable == "C" else 0.01
         if np.ptp(x[variable]) <= np.log1p(width):
             reasons.append(f"{words[variable]} (from {column.min():.4g} to {column.max():.4g})")

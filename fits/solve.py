@@ -363,7 +363,9 @@ def _twin(problem: Problem, solution: Solution, best: int) -> str | None:
     """Where another start converged to the very same objective at other parameters, the widest such range."""
     value, p = solution.value_B, solution.p_BxK
     equal = solution.converged_B & (value <= value[best] * (1 + SAME_MINIMUM))
-    apart = np.ptp(p[equal], axis=0) / np.maximum(1e-300, np.abs(p[best])) if equal.any() else np.zeros(1)
+    # coordinates of other laws are logs, whose differences are relative already
+    scale = np.maximum(1e-300, np.abs(p[best])) if isinstance(problem, PowerSumProblem) else 1.0
+    apart = np.ptp(p[equal], axis=0) / scale if equal.any() else np.zeros(1)
     if not apart.max() > DIFFERENT:
         return None
     at = int(np.argmax(apart))

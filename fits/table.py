@@ -15,6 +15,8 @@ import numpy as np
 from fits.errors import FitError
 
 CORE = ("params", "tokens", "flops", "loss")
+MORE = {"U": "unique_tokens", "S": "steps", "B": "batch_tokens"}  # read only for a law that needs them
+IN_TOKENS = ("tokens", "unique_tokens", "batch_tokens")
 # Nobody trains a language model on a thousandth of a token a parameter, nor on a million times more
 # tokens than parameters; a table that says so has its columns in other units.
 TOKENS_PER_PARAM = (1e-3, 1e6)
@@ -30,6 +32,7 @@ class Table:
 
     Attributes:
       params, tokens, flops, loss: used rows. index: their positions in the input.
+      more: further columns that the law needs, float64 [R], by our name.
       extra: the other columns, used rows only. rows: one dict per input row, in input order.
       flops_from: "column flops" or "6 params tokens".
       hash: sha256 over the core columns of all input rows and which of them are used.
@@ -46,13 +49,15 @@ class Table:
     hash: str
     columns: dict[str, str]
     units: dict[str, float]
+    more: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.loss)
 
     def log_x(self) -> dict[str, np.ndarray]:
-        """Natural logs of N, D and C."""
-        return {"N": np.log(self.params), "D": np.log(self.tokens), "C": np.log(self.flops)}
+        """Natural logs of N, D and C, and of U, S and B where they were asked for."""
+        core = {"N": np.log(self.params), "D": np.log(self.tokens), "C": np.log(self.flops)}
+        return core | {v: np.log(self.more[c]) for v, c in MORE.items() if c in self.more}
 
     def excluded(self) -> list[dict]:
         return [r for r in self.rows if r["outcome"] == "excluded"]
@@ -99,9 +104,10 @@ def clean(
     columns = dict(columns or {})
     _check_columns(source, columns, needs)
     n = len(next(iter(source.values())))
-    raw = {ours: source[columns.get(ours, ours)] for ours in CORE if columns.get(ours, ours) in source}
+    wanted = [*CORE, *(c for c in MORE.values() if c in needs)]
+    raw = {ours: source[columns.get(ours, ours)] for ours in wanted if columns.get(ours, ours) in source}
     numbers = {name: _numbers(values) for name, values in raw.items()}
-    for name, unit in (("tokens", token_unit), ("params", param_unit)):
+    for name, unit in (*((c, token_unit) for c in IN_TOKENS), ("params", param_unit)):
         if not (isinstance(unit, int | float) and math.isfinite(unit) and unit > 0):
             raise FitError(
                 f"the unit of {name} is {unit!r}; it must be a positive number, such as 1e9 for billions"
@@ -111,26 +117,27 @@ def clean(
     for name in CORE:
         numbers.setdefault(name, np.full(n, np.nan))
     flops_from = _fill_flops(numbers, columns.get("flops", "flops") if "flops" in raw else None)
-    reasons = _exclusions(source, columns, numbers, raw, needs, exclude, n)
+    reasons = _exclusions(source, columns, numbers, raw, needs, exclude, n, wanted)
     used = np.array([not r for r in reasons], bool)
     if not used.any():
         raise FitError(f"none of the table's {n} rows can be used; {_count_reasons(reasons)}")
     _check_units(numbers, used, "flops" in raw)
     rows = [
         {"row": i, "outcome": "used" if used[i] else "excluded", "reason": reasons[i], "flags": []}
-        | {c: _plain(numbers[c][i]) for c in CORE}
+        | {c: _plain(numbers[c][i]) for c in wanted}
         for i in range(n)
     ]
     extra = {k: v[used] for k, v in source.items()}
     digest = hashlib.sha256()
-    for name in CORE:
+    for name in wanted:
         digest.update(np.ascontiguousarray(numbers[name], "<f8").tobytes())
     digest.update(used.tobytes())
     core = {c: numbers[c][used] for c in CORE}
-    names = {c: columns.get(c, c) for c in CORE if c in raw}
+    more = {c: numbers[c][used] for c in wanted if c not in CORE}
+    names = {c: columns.get(c, c) for c in wanted if c in raw}
     units = {"params": float(param_unit), "tokens": float(token_unit)}
     return Table(**core, index=np.flatnonzero(used), extra=extra, rows=rows, flops_from=flops_from,
-                 hash="sha256:" + digest.hexdigest(), columns=names, units=units)  # fmt: skip
+                 hash="sha256:" + digest.hexdigest(), columns=names, units=units, more=more)  # fmt: skip
 
 
 def _fill_flops(numbers: dict[str, np.ndarray], column: str | None) -> str:
@@ -197,7 +204,7 @@ def _numbers(values: np.ndarray) -> np.ndarray:
     return out
 
 
-def _exclusions(source, columns, numbers, raw, needs, exclude, n) -> list[str]:
+def _exclusions(source, columns, numbers, raw, needs, exclude, n, wanted) -> list[str]:
     """The reason to leave each row out, or an empty string."""
     reasons = [""] * n
 
@@ -229,7 +236,7 @@ def _exclusions(source, columns, numbers, raw, needs, exclude, n) -> list[str]:
     for i in range(n):
         if reasons[i]:
             continue
-        key = tuple(repr(float(numbers[c][i])) for c in CORE)
+        key = tuple(repr(float(numbers[c][i])) for c in wanted)
         if key in seen:
             reasons[i] = f"exact duplicate of row {seen[key]}"
         seen.setdefault(key, i)
