@@ -14,6 +14,7 @@ from fits.table import read_table
 from fits.allocate import Allocation, allocate  # isort: skip
 from fits.approaches import Approach, Comparison, approaches  # isort: skip
 from fits.compare import StudyComparison, compare  # isort: skip
+from fits.power import Power, power  # isort: skip
 from fits.select import Selection, select  # isort: skip
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "FitError",
     "Law",
     "NextRuns",
+    "Power",
     "PowerSum",
     "Selection",
     "SharedFit",
@@ -37,6 +39,7 @@ __all__ = [
     "get_law",
     "law_names",
     "next_runs",
+    "power",
     "read_fit",
     "read_table",
     "register_law",

@@ -95,7 +95,7 @@ class DataConstrainedTied(DataConstrained):
     formula = "L = E + A / N'^alpha + B / D'^alpha, X' = U_X (1 + R_X (1 - exp(-(X/U_X - 1) / R_X)))"
     parameters = ("E", "A", "B", "alpha", "R_N", "R_D")
     bounds: ClassVar = {k: v for k, v in DataConstrained.bounds.items() if k != "beta"}
-    # unrounded, from the authors' code: the rounded ones move the fourth decimal of the loss
+    # unrounded: the paper's rounded A, B and E move the fourth decimal of the loss
     PUBLISHED: ClassVar = {
         "E": math.exp(0.6254804), "A": math.exp(6.255414), "B": math.exp(7.3049974), "alpha": 0.3526596,
         "R_N": 5.309743, "R_D": 15.387756,

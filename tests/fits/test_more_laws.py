@@ -54,7 +54,7 @@ def log_of(x):
 def test_data_constrained_gives_the_published_losses():
     law = LAWS["data_constrained_tied"]
     for N, D, loss in ((6.34e9, 242e9, 2.2256440889984477), (8.67e9, 178e9, 2.2269634075087867)):
-        # the authors' own function, to a few units in the last place
+        # published values, to a few units in the last place
         assert law.predict(law.PUBLISHED, {"N": N, "D": D, "U": 25e9}) == pytest.approx(loss, rel=1e-14)
         untied = {**law.PUBLISHED, "beta": law.PUBLISHED["alpha"]}
         got = LAWS["data_constrained"].predict(untied, {"N": N, "D": D, "U": 25e9})
