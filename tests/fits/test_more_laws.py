@@ -1,6 +1,8 @@
 """Laws beyond Chinchilla: published values, gradients, planted recovery, pinned parameters."""
 
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,23 +170,13 @@ def test_unique_tokens_are_read_under_another_name():
         fits.fit_table({"params": x["N"], "tokens": x["D"], "loss": loss}, "data_constrained")
 
 
-USER_LAW = """
-import fits
-import numpy as np
-class Shifted(fits.Law):
-    name, formula, variables = "shifted", "L = E + K / (D + D0)^beta", ("D",)
-    source = "a test"
-    parameters = ("E", "K", "D0", "beta")
-    bounds = {"E": (0, 1e9), "K": (0, 1e9), "D0": (0, 1e15), "beta": (1e-3, 10)}
-    def predict(self, params, x, xp=np):
-        return params["E"] + params["K"] * (x["D"] + params["D0"]) ** -params["beta"]
-    def starts(self, x, y):
-        return [{"E": y.min() / 2, "K": 50.0, "D0": d, "beta": b} for d in (1e7, 1e8) for b in (0.2, 0.4)]
-"""
+DOC = Path(__file__).parents[2] / "docs" / "laws.md"
 
 
 def test_a_users_law_from_a_file(tmp_path):
-    (tmp_path / "mine.py").write_text(USER_LAW)
+    """The one in the docs."""
+    [code] = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.S)
+    (tmp_path / "mine.py").write_text(code)
     D = np.geomspace(1e7, 1e11, 30)
     table = {"params": 1e8 + 0 * D, "tokens": D, "loss": 1.5 + 100 * (D + 5e7) ** -0.3}
     try:
@@ -207,3 +199,8 @@ def test_registered_names_are_not_taken_twice():
         register_law(Fake())
     with pytest.raises(fits.FitError, match="must be an object"):
         register_law("chinchilla")
+
+
+def test_docs_list_every_law():
+    text = DOC.read_text()
+    assert [n for n in LAWS if f"`{n}`" not in text] == []
