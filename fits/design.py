@@ -9,6 +9,7 @@ import numpy as np
 
 from fits.allocate import six_nd, tokens_for
 from fits.budget import positive
+from fits.checks import STARVED
 from fits.errors import FitError
 
 QUANTITIES = ("N*", "D*", "loss", "a")
@@ -41,17 +42,27 @@ class NextRuns:
         lines.append(
             f"{self.quantity} at {self.budget_target:.4g} FLOPs: 95 % half-width {self.half_width:.3g} now"
         )
+        counts: dict[tuple, int] = {}
         for r in self.runs:
-            lines.append(
-                f"  N {r['params']:.4g}, D {r['tokens']:.4g}, {r['flops']:.4g} FLOPs"
-                f": then {r['half_width']:.3g}"
-            )
+            key = r["params"], r["tokens"], r["flops"]
+            counts[key] = counts.get(key, 0) + 1
+        for (N, D, C), count in sorted(counts.items(), key=lambda kv: -kv[1] * kv[0][2]):
+            times = "" if count == 1 else f" x {count}, under other seeds"
+            lines.append(f"  N {N:.4g}, D {D:.4g}, {C:.4g} FLOPs{times}")
+        if self.runs:
+            lines.append(f"  then {self.runs[-1]['half_width']:.3g} is expected")
         return "\n".join([*lines, f"  in all {self.flops:.4g} FLOPs"])
 
     def __rich__(self):
         from rich.text import Text
 
         return Text(str(self))
+
+
+def _ratios(fit) -> tuple[float, float]:
+    """Tokens a parameter of candidate runs: as in the table, and never starved, where a law bends."""
+    ratios = [r["tokens"] / r["params"] for r in fit.rows if r["outcome"] == "used"]
+    return max(min(ratios), STARVED), max(ratios)
 
 
 def _choose(fit, quantity, budget_target, flops, max_flops, candidates, runs: int, target: float | None):
@@ -69,7 +80,9 @@ def _choose(fit, quantity, budget_target, flops, max_flops, candidates, runs: in
     if candidates is None:
         N = np.repeat(np.geomspace(*ranges["params"], 8), 8)
         D = tokens_for(cost, N, np.tile(np.geomspace(dearest / 1000, dearest, 8), 8))
+        low, high = _ratios(fit)
         keep = (ranges["tokens"][0] / 4 <= D) & (ranges["tokens"][1] * 4 >= D)
+        keep &= (low * N <= D) & (high * N >= D)
         N, D = N[keep], D[keep]
     else:
         N, D = np.asarray(candidates, float).reshape(-1, 2).T
