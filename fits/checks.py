@@ -139,9 +139,12 @@ def fit_flags(
                 f"{len(table)} rows for {len(law.parameters)} parameters: {free} degrees of freedom",
             )
         )
+    shared = _cluster_flags(table, cluster, dependence)
+    # intervals that cannot be believed come before what merely makes them rough
+    out = [f for f in shared if f["code"] == "correlated_rows"] + out
     out += _width_flags(delta, residual_R)
     out += _bootstrap_flags(law, point, converged_B, bound_share, deviations)
-    out += _cluster_flags(table, cluster, dependence)
+    out += [f for f in shared if f["code"] != "correlated_rows"]
     for word, text in (
         ("starved", f"rows have fewer than {STARVED:g} token a parameter and may bend the fit"),
         ("outlier", f"rows lie more than {OUTLIER:g} robust deviations off the surface"),
@@ -193,7 +196,9 @@ def _cluster_flags(table: Table, cluster: str, dependence: Mapping) -> list[dict
     if cluster == "row":
         sizes = len(np.unique(group_close(table.params))) if np.isfinite(table.params).all() else n
         text = f"{n} rows have only {sizes} sizes, but are resampled one by one"
-        text += "; runs of one size err together, so the intervals may be too narrow"
+        text += "; runs of one size err together, so the intervals may be far too narrow: cluster by size"
+        text += f" (residual correlation {dependence['icc']:.2f}, worth about "
+        text += f"{dependence['effective_rows']:.0f} independent rows)"
         return [flag("correlated_rows", text)] if sizes < n else []
     out = []
     if groups < n:

@@ -30,7 +30,7 @@ def fit_table(
     space: str = "log",
     bootstraps: int = 1000,
     scheme: str = "pairs",
-    cluster: str = "auto",
+    cluster: str | Sequence[str] = "auto",
     fixed: Mapping[str, float] | None = None,
     bounds: Mapping[str, tuple] | None = None,
     columns: Mapping[str, str] | None = None,
@@ -78,7 +78,7 @@ def fit_table(
     intervals = uncertainty.summarise(quantities, {**kept, **law.compute_exponents(kept)})
     draws = np.stack([kept[k] for k in law.parameters], 1)
     residual = problem.residuals(point.p_K[None])[0]
-    dependence = uncertainty.intraclass(residual, ids)
+    dependence = _dependence(rows, residual, ids)
     row_flags = checks.row_flags(rows, residual)
     flags = checks.fit_flags(
         law, rows, point, cluster_name, dependence, converged, _bound_share(problem, p_BxK[converged]),
@@ -105,6 +105,16 @@ def fit_table(
     return fit
 
 
+def _dependence(rows: Table, residual, ids) -> dict[str, float]:
+    """``intraclass`` of the clusters; rows resampled one by one are still counted by their size's correlation."""
+    got = uncertainty.intraclass(residual, ids)
+    if got["clusters"] == len(rows) and np.isfinite(rows.params).all():
+        by_size = uncertainty.intraclass(residual, group_close(rows.params))
+        if by_size["clusters"] < len(rows):
+            got |= {"icc": by_size["icc"], "effective_rows": by_size["effective_rows"]}
+    return got
+
+
 def _bound_share(problem: Problem, p_BxK: np.ndarray) -> float:
     at_bound = ((p_BxK <= problem.lower_K) | (p_BxK >= problem.upper_K)) & problem.free_K
     return float(at_bound.any(1).mean()) if len(p_BxK) else 0.0
@@ -122,7 +132,7 @@ def _write_rows(rows: Table, problem: Problem, residual, ids, row_flags):
         rows.rows[i] |= {
             "fitted": float(fitted[k]),
             "residual": float(log_residual[k]),
-            "cluster": int(ids[k]),
+            "cluster": ids[..., k].tolist(),  # a pair where rows are clustered two ways
             "flags": row_flags[k],
         }
 

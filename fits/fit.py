@@ -112,6 +112,8 @@ class Fit:
                 f"{len(self.draws)} of {m['bootstraps']} resamples ({m['scheme']}) "
                 f"of {d['clusters']} clusters by {m['cluster']}"
             )
+        if "effective_rows" in d:
+            lines.append(f"worth about {d['effective_rows']:.0f} independent rows of {d['rows_used']}")
         for reason, count in excluded_counts(self.rows).items():
             lines.append(f"excluded: {count} because {reason}")
         return "\n".join(lines)

@@ -150,6 +150,10 @@ def select(
     groups = find_budgets(rows)[0] if by == "flops" else group_close(getattr(rows, by))
     cuts = _cuts(int(groups.max()) + 1, by, holdouts)
     ids, cluster_name = uncertainty.find_clusters(rows, cluster)
+    if ids.ndim == 2:
+        raise FitError(f"cluster is {cluster!r}; forecasts are compared over one kind of cluster, not two")
+    if ids.ndim == 2:
+        raise FitError(f"cluster is {cluster!r}; a comparison of laws resamples one way: name one of them")
     value = getattr(rows, by)
     folds, errors_FxR, results = [], [], []
     for cut in cuts:

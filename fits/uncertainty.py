@@ -6,44 +6,78 @@ residuals are correlated and resampling them one by one gives intervals that are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fits.errors import FitError
-from fits.objective import PowerSumProblem, Problem
+from fits.objective import NARROWED, PowerSumProblem, Problem
 from fits.solve import exponent_grid, minimise, profile
-from fits.table import Table, group_close
+from fits.table import Table, find_budgets, group_close
 
 SCHEMES = ("pairs", "bayesian")
 LEVELS = {"80": (0.10, 0.90), "95": (0.025, 0.975)}
 CHUNK = 256  # lanes refitted together: their working arrays stay in a core's cache
 
 
-def find_clusters(table: Table, cluster: str = "auto") -> tuple[np.ndarray, str]:
+def find_clusters(table: Table, cluster: str | Sequence[str] = "auto") -> tuple[np.ndarray, str]:
     """Which rows are resampled together.
 
     Args:
       cluster: "auto" (by model size where sizes repeat, which also joins the branches of a trunk and
-        the evaluations of a run; else every row alone), "size", "row" (or "none"), or a column.
+        the evaluations of a run; else every row alone), "size", "budget" (``table.find_budgets``),
+        "compute" (half decades: floor(2 log10 C)), "run" (the column run, else trunk, else as auto), "row"
+        (or "none"), or a column.
+        Or two of them, crossed: "size+budget" or ("size", "budget").
 
     Returns:
-      Cluster number per used row, int [R], and what a cluster is, in words.
+      Cluster number per used row, int [R] ([2, R] for two ways), and what a cluster is, in words.
 
     Raises:
-      FitError: ``cluster`` is none of these.
+      FitError: ``cluster`` is none of these, or names two ways that cannot be crossed.
     """
+    plain = isinstance(cluster, str)
+    if plain and (cluster in table.extra or "+" not in cluster):  # a column's own name may hold a +
+        return _one_way(table, cluster)
+    names = [c.strip() for c in cluster.split("+")] if plain else cluster
+    if not isinstance(names, Sequence) or len(names) != 2 or names[0] == names[1]:
+        raise FitError(
+            f"cluster is {cluster!r}; it must be a name, or two different ones such as size+budget"
+        )
+    ways = [_one_way(table, name) for name in names]
+    for name, (_, words) in zip(names, ways, strict=True):
+        if words == "row":
+            raise FitError(
+                f"cluster is {cluster!r}; to be crossed, each way must group rows, and {name} does not"
+            )
+    if np.array_equal(*(np.unique(ids, return_inverse=True)[1] for ids, _ in ways)):
+        raise FitError(f"cluster is {cluster!r}; both ways group the rows alike, so give only one")
+    return np.stack([ids for ids, _ in ways]), f"{ways[0][1]} and {ways[1][1]}"
+
+
+def _one_way(table: Table, cluster: str) -> tuple[np.ndarray, str]:
     n = len(table)
     if cluster in ("row", "none"):
         return np.arange(n), "row"
+    if cluster == "run":
+        cluster = next((c for c in ("run", "trunk") if c in table.extra), "auto")
     if cluster in ("auto", "size"):
         sized = np.isfinite(table.params).all()
         ids = group_close(table.params) if sized else np.arange(n)
         return (ids, "model size") if len(np.unique(ids)) < n or cluster == "size" else (np.arange(n), "row")
-    if cluster not in table.extra:
+    if cluster in ("budget", "compute"):
+        if not np.isfinite(table.flops).all():
+            raise FitError(f"cluster is {cluster!r}, but some rows have neither flops nor params and tokens")
+        if cluster == "budget":
+            return find_budgets(table)[0], "budget"
+        # a power of ten opens its own bin, rounded or not
+        halves = np.floor(2 * np.log10(table.flops) + 1e-9)
+        return np.unique(halves, return_inverse=True)[1], "half decade of compute"
+    if not isinstance(cluster, str) or cluster not in table.extra:
         raise FitError(
-            f"cluster is {cluster!r}; it must be auto, size, row or a column: {', '.join(table.extra)}"
+            f"cluster is {cluster!r}; it must be auto, size, budget, compute, run, row or a column: "
+            f"{', '.join(table.extra)}, or two of these joined by +"
         )
     labels = [_key(v, i) for i, v in enumerate(table.extra[cluster])]
     return np.unique(labels, return_inverse=True)[1], cluster
@@ -59,24 +93,34 @@ def resample_weights(cluster_R: np.ndarray, count: int, scheme: str, seed: int) 
     """Row weights [count, R] of resamples of whole clusters.
 
     ``pairs``: as many clusters as there are, drawn with replacement (Efron 1979); ``bayesian``:
-    independent exponential weights scaled to the number of clusters (Rubin 1981).
+    independent exponential weights scaled to the number of clusters (Rubin 1981), smoother where
+    clusters are few. With cluster numbers [2, R] the two ways are drawn independently and a row has the
+    product of its two weights (the pigeonhole bootstrap, Owen 2007): right for effects of either way,
+    too wide, never too narrow, for what is peculiar to a row (up to three times its variance).
     """
     if scheme not in SCHEMES:
         raise FitError(f"scheme is {scheme!r}; it must be one of {', '.join(SCHEMES)}")
     if not isinstance(count, int | np.integer) or count < 0:
         raise FitError(f"bootstraps is {count!r}; it must be zero or a positive integer")
     rng = np.random.default_rng(seed)
-    groups = int(cluster_R.max()) + 1
-    if scheme == "pairs":
-        weights = rng.multinomial(groups, np.full(groups, 1.0 / groups), size=count).astype(float)
-    else:
-        weights = rng.standard_exponential((count, groups))
-        weights *= groups / weights.sum(1, keepdims=True)
-    return weights[:, cluster_R]
+    out = np.ones((1, 1))
+    for ids_R in np.atleast_2d(cluster_R):
+        groups = int(ids_R.max()) + 1
+        if scheme == "pairs":
+            weights = rng.multinomial(groups, np.full(groups, 1.0 / groups), size=count).astype(float)
+        else:
+            weights = rng.standard_exponential((count, groups))
+            weights *= groups / weights.sum(1, keepdims=True)
+        out = out * weights[:, ids_R]
+    return out
 
 
-def refit(problem: Problem, p_K: np.ndarray, weights_BxR: np.ndarray, loss: str, delta: float):
+def refit(problem: Problem, p_K, weights_BxR, loss: str, delta: float | None, tau: float = 0.5):
     """Refits under every row of weights, each from the better of the point fit and its own profile.
+
+    Args:
+      p_K: solver coordinates of the point fit. weights_BxR: resampled times the rows' own weights.
+      delta: Huber's width in the unit of the residual, the point fit's; any for another loss.
 
     Returns:
       p_BxK and converged_B.
@@ -85,7 +129,7 @@ def refit(problem: Problem, p_K: np.ndarray, weights_BxR: np.ndarray, loss: str,
     profiled = isinstance(problem, PowerSumProblem)
     if profiled:
         grid = exponent_grid(problem, 12 if len(problem.exponents) < 3 else 6)
-        width = delta if loss == "huber" else np.inf if loss == "least_squares" else 1e-3
+        width = delta if loss == "huber" else 1e-3 if loss in NARROWED else np.inf
         robust_R = np.minimum(1.0, width / np.maximum(np.abs(problem.residuals(p_K[None])[0]), 1e-300))
     for begin in range(0, len(weights_BxR), CHUNK):
         weights = weights_BxR[begin : begin + CHUNK]
@@ -97,7 +141,7 @@ def refit(problem: Problem, p_K: np.ndarray, weights_BxR: np.ndarray, loss: str,
             own_rss = (weights * robust_R * _profile_residual(problem, p_K) ** 2).sum(1)
             take = np.isfinite(rss[lanes, best]) & (rss[lanes, best] < own_rss)
             start = np.where(take[:, None], p[lanes, best], start)
-        solution = minimise(problem, start, weights, loss, delta)
+        solution = minimise(problem, start, weights, loss, delta or 1.0, tau)
         p_out[begin : begin + CHUNK] = solution.p_BxK
         converged[begin : begin + CHUNK] = solution.converged_B & np.isfinite(solution.value_B)
     return p_out, converged
@@ -124,13 +168,23 @@ def interval(draws: np.ndarray, estimate: float) -> dict[str, Any]:
     return out
 
 
-def intraclass(residual_R: np.ndarray, cluster_R: np.ndarray) -> dict[str, float]:
+def intraclass(residual_R: np.ndarray, cluster_R: np.ndarray) -> dict[str, Any]:
     """Correlation of residuals within clusters, and the number of independent rows that they amount to.
 
     The one-way analysis-of-variance estimator (Donner 1986) on residuals cut at three robust standard
     deviations (one outlier would hide the correlation of all others), itself cut to [0, 1]; rows are
     divided by the design effect 1 + (m - 1) icc, m the cluster size that a row meets (Kish 1965).
+    Of two ways, [2, R], design effects add, icc is the larger, clusters the fewer; ``ways`` has both.
     """
+    if np.ndim(cluster_R) == 2:
+        ways = [intraclass(residual_R, ids_R) for ids_R in cluster_R]
+        effect = 1 + sum(len(residual_R) / w["effective_rows"] - 1 for w in ways)
+        return {
+            "icc": max(w["icc"] for w in ways),
+            "effective_rows": len(residual_R) / effect,
+            "clusters": min(w["clusters"] for w in ways),
+            "ways": ways,
+        }
     middle = np.median(residual_R)
     spread = 3 * 1.4826 * np.median(np.abs(residual_R - middle))
     if spread > 0:
