@@ -93,8 +93,7 @@ class Allocation:
             )
         if self.policy:
             p = self.policy
-            extra = "cannot reach the loss above" if p["extra_compute"] is None else (
-                f"needs {100 * p['extra_compute']:.2g} % more compute to reach the loss above")  # fmt: skip
+            extra = _compute_words(p["extra_compute"]) + (", but breaks the limits" if p["breaks"] else "")
             lines.append(f"  at {p['tokens_per_param']:g} tokens a parameter: N {p['N']:.5g}, "
                          f"D {p['D']:.5g}, loss {p['loss']:.5g}; {extra}")  # fmt: skip
         if self.regret:
@@ -303,7 +302,7 @@ def allocate(
         built = _buildable(law, fit.params, made, budget, point, cost)
     flags = [f for f in fit.flags if f["code"] in ("boundary", "uncertain", "no_intervals")]
     given = {k: float(v) for k, v in dataclasses.asdict(bounds).items() if v is not None}
-    if bounds.max_epochs is not None and law is fit.law:
+    if bounds.unique_tokens is not None and law is fit.law and point["D"] > bounds.unique_tokens:
         text = f"the law {law.name} knows nothing of repeated tokens: each epoch counts as new data"
         flags.append({"code": "repetition", "text": text})
     spent = float(np.asarray(cost(np.array([point["N"]]), np.array([point["D"]])))[0])
@@ -322,13 +321,20 @@ def allocate(
         extrapolation, "C = 6 N D" if flops is None else getattr(flops, "label", "the given FLOP function"),
         f"{fit.law.name}: {fit.law.formula}", made, built, flags, given,
         marginal_values(law, fit.params, budget, flops, bounds, point),
-        _policy(law, fit.params, budget, cost, policy, point["loss"]),
+        _policy(law, fit.params, budget, cost, policy, point["loss"], bounds),
         _regret(law, fit, point, draws["loss"]),
     )  # fmt: skip
 
 
-def _policy(law, params, budget: float, cost: Flops, ratio: float, target: float) -> dict:
-    """N, D and loss at D/N = ratio, and the extra compute with which that reaches ``target``."""
+def _compute_words(extra: float | None) -> str:
+    if extra is None:
+        return "cannot reach the loss above"
+    which = "more" if extra >= 0 else "less"
+    return f"needs {100 * abs(extra):.2g} % {which} compute to reach the loss above"
+
+
+def _policy(law, params, budget: float, cost: Flops, ratio: float, target: float, bounds: Limits) -> dict:
+    """N, D and loss at D/N = ratio, the extra compute with which that reaches ``target``, the limits kept."""
 
     def at(log_budget):
         N = size_for(cost, math.exp(log_budget), lambda n: ratio * n)
@@ -344,7 +350,11 @@ def _policy(law, params, budget: float, cost: Flops, ratio: float, target: float
             middle = 0.5 * (low + high)
             low, high = (middle, high) if at(start + middle)[1] > target else (low, middle)
         extra = math.expm1(high)
-    return {"tokens_per_param": ratio, "N": N, "D": ratio * N, "loss": loss, "extra_compute": extra}
+    breaks = not bounds.smallest_params <= N <= bounds.largest_params or ratio * N > bounds.largest_tokens
+    return {
+        "tokens_per_param": ratio, "N": N, "D": ratio * N, "loss": loss,
+        "extra_compute": extra, "breaks": breaks,
+    }  # fmt: skip
 
 
 def _regret(law, fit: Fit, point: Mapping, best_B: np.ndarray) -> dict | None:

@@ -149,3 +149,23 @@ def test_budgets(fit):
         with pytest.raises(fits.FitError, match=words):
             Budget(**bad)
     assert min(PEAK_FLOPS.values()) > 1e14
+
+
+def test_repeated_tokens_allocate_as_published():
+    """Muennighoff et al. 2023: 25e9 unique tokens at the compute of their 8.7e9-parameter run."""
+    from fits.constraints import AtUnique
+    from fits.laws import LAWS
+
+    law, budget = LAWS["data_constrained_tied"], 6 * 8.67e9 * 178e9
+    best = limited_optimum(AtUnique(law, 25e9), law.PUBLISHED, budget, None, Limits(unique_tokens=25e9))
+    # printed with three figures
+    assert float(best["N"][0]) == pytest.approx(6.80e9, rel=2e-3)
+    assert float(best["D"][0]) == pytest.approx(227e9, rel=3e-3)
+    assert float(best["D"][0]) / 25e9 == pytest.approx(9.08, rel=2e-3)
+
+
+def test_a_policy_that_breaks_the_limits_says_so(fit):
+    got = fits.allocate(fit, 1e23, max_tokens=1e10)
+    assert got.policy["breaks"] and "breaks the limits" in str(got)
+    free = fits.allocate(fit, 1e23)
+    assert not free.policy["breaks"] and free.policy["extra_compute"] >= 0
