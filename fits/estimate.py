@@ -12,7 +12,8 @@ import numpy as np
 from fits import checks, uncertainty
 from fits.fit import Fit
 from fits.laws import COLUMN_OF, Law, get_law
-from fits.objective import PowerSumProblem, Problem
+from fits.objective import ASYMMETRIC, PowerSumProblem, Problem
+from fits.rowweights import row_column
 from fits.solve import PointFit, solve
 from fits.table import Table, clean, find_budgets, group_close
 
@@ -27,6 +28,10 @@ def fit_table(
     *,
     loss: str = "huber",
     delta: float = 1e-3,
+    delta_unit: str = "absolute",
+    tau: float = 0.5,
+    weights: Any = None,
+    stderr: Any = None,
     space: str = "log",
     bootstraps: int = 1000,
     scheme: str = "pairs",
@@ -45,7 +50,12 @@ def fit_table(
 
     Args:
       table: DataFrame or mapping of columns with params, tokens (or flops, as the law needs) and loss.
-      loss: "huber" (``delta`` in the residual's own unit), "lad" or "least_squares"; summed over rows.
+      loss: "huber", "lad", "least_squares", "quantile" or "expectile"; summed over rows.
+      delta: Huber's width, in the residual's own unit or (``delta_unit="scale"``) in robust standard
+        deviations of a lad fit. tau: of quantile and expectile. See ``solve.solve``.
+      weights: a weight per row: a column's name, or one value per row of the table.
+      stderr: the standard error of each row's loss, likewise, in the unit of the loss; rows are weighted
+        by 1 / (s^2 + excess^2), where the excess scatter is estimated. See ``solve.solve``.
       space: residuals of "log" or "raw" loss.
       bootstraps, scheme, cluster, seed: see ``uncertainty.resample_weights`` and ``find_clusters``.
       fixed: parameters pinned to a value. bounds: name -> (lower, upper), None for unbounded.
@@ -62,9 +72,14 @@ def fit_table(
     rows = clean(
         table, needs=needs, columns=columns, token_unit=token_unit, param_unit=param_unit, exclude=exclude
     )
-    options = {"loss": loss, "delta": delta, "space": space, "fixed": fixed, "bounds": bounds}
+    options = {
+        "loss": loss, "delta": delta, "delta_unit": delta_unit, "tau": tau, "space": space,
+        "fixed": fixed, "bounds": bounds,
+        "weights": row_column(rows, weights, "weights", columns),
+        "stderr": row_column(rows, stderr, "stderr", columns),
+    }  # fmt: skip
     ids, cluster_name = uncertainty.find_clusters(rows, cluster)
-    weights = uncertainty.resample_weights(ids, bootstraps, scheme, seed)
+    resamples_BxR = uncertainty.resample_weights(ids, bootstraps, scheme, seed)
     problem, point = solve(law, {v: rows.log_x()[v] for v in law.variables}, rows.loss, **options)
     doubts = checks.structure(law, rows, problem.fixed)
     if doubts:
@@ -72,7 +87,9 @@ def fit_table(
     sound = point.status in ("converged", "boundary")
     p_BxK, converged = np.empty((0, len(law.parameters))), np.zeros(0, bool)
     if sound and bootstraps:
-        p_BxK, converged = uncertainty.refit(problem, point.p_K, weights, loss, delta)
+        p_BxK, converged = uncertainty.refit(
+            problem, point.p_K, resamples_BxR * point.weights_R, loss, point.delta, tau
+        )
     kept = problem.to_params(p_BxK[converged])
     quantities = {**point.params, **law.compute_exponents(point.params)}
     intervals = uncertainty.summarise(quantities, {**kept, **law.compute_exponents(kept)})
@@ -82,7 +99,7 @@ def fit_table(
     row_flags = checks.row_flags(rows, residual)
     flags = checks.fit_flags(
         law, rows, point, cluster_name, dependence, converged, _bound_share(problem, p_BxK[converged]),
-        {k: v["sd"] for k, v in intervals.items()}, delta if loss == "huber" else None, residual, row_flags,
+        {k: v["sd"] for k, v in intervals.items()}, point.delta, residual, row_flags,
     )  # fmt: skip
     _write_rows(rows, problem, residual, ids, row_flags)
     with np.errstate(all="ignore"):  # what overflows is written as null
@@ -92,7 +109,7 @@ def fit_table(
         law=law, params=point.params, status=point.status, reasons=point.reasons, flags=flags,
         intervals=intervals, covariance=covariance, draws=draws, objective=point.objective,
         fixed=problem.fixed,
-        method=_method(problem, rows, options) | {
+        method=_method(problem, rows, options) | _weighting(point, options, weights, stderr) | {
             "bootstraps": int(bootstraps), "scheme": scheme, "cluster": cluster_name, "seed": int(seed),
         },
         diagnostics=_diagnostics(rows, problem, point, residual) | dependence
@@ -100,7 +117,9 @@ def fit_table(
         sensitivity=[], rows=rows.rows, data=data | {"source": source}, versions=versions(),
     )  # fmt: skip
     if sensitivity and sound:
-        fit.sensitivity = sensitivity_strip(law, rows, options)
+        fit.sensitivity = sensitivity_strip(
+            law, rows, options | {"delta": point.delta or delta, "delta_unit": "absolute"}
+        )
         fit.flags += checks.sensitivity_flags(fit)
     return fit
 
@@ -142,7 +161,6 @@ def _method(problem: Problem, rows: Table, options: Mapping) -> dict:
     profiled = isinstance(problem, PowerSumProblem)
     return {
         "loss": options["loss"],
-        "delta": float(options["delta"]) if options["loss"] == "huber" else None,
         "space": options["space"],
         "reduction": "sum",
         "optimiser": f"variable projection over an exponent grid, then {newton}" if profiled else newton,
@@ -151,6 +169,24 @@ def _method(problem: Problem, rows: Table, options: Mapping) -> dict:
         else "the best of the law's own starts",
         "bounds": {k: list(v) for k, v in problem.bounds.items()},
         "compute": f"flops from {rows.flops_from}; a, b and allocations under C = 6 N D",
+    }
+
+
+def _weighting(point: PointFit, options: Mapping, weights: Any, stderr: Any) -> dict:
+    """How residuals and rows were weighted; ``delta`` is the width used, in the unit of the residual."""
+
+    def named(given):
+        return given if given is None or isinstance(given, str) else "given by value"
+
+    huber = options["loss"] == "huber"
+    return {
+        "delta": point.delta,
+        "delta_unit": options["delta_unit"] if huber else None,
+        "delta_given": float(options["delta"]) if huber else None,
+        "tau": float(options["tau"]) if options["loss"] in ASYMMETRIC else None,
+        "weights": named(weights),
+        "stderr": named(stderr),
+        "excess_scatter": point.excess,
     }
 
 
@@ -191,9 +227,10 @@ def sensitivity_strip(law: Law, rows: Table, options: Mapping) -> list[dict]:
             cases += [(f"without the runs at {c:.3g} FLOPs", groups != g, {}) for g, c in enumerate(budgets)]
     out = []
     for what, keep, change in cases:
-        if keep.sum() <= len(law.parameters):
+        if (keep & (options.get("weights") is None or options["weights"] > 0)).sum() <= len(law.parameters):
             continue
         x = {v: rows.log_x()[v][keep] for v in law.variables}
+        change = change | {k: options[k][keep] for k in ("weights", "stderr") if options.get(k) is not None}
         _, point = solve(law, x, rows.loss[keep], **{**options, **change}, starts=SENSITIVITY_STARTS)
         a = law.compute_exponents(point.params).get("a")
         a = float(a) if a is not None and point.status in ("converged", "boundary") else None

@@ -18,7 +18,9 @@ import numpy as np
 from fits.errors import FitError
 from fits.laws import Law, PowerSum
 
-LOSSES = ("huber", "lad", "least_squares")
+LOSSES = ("huber", "lad", "least_squares", "quantile", "expectile")
+ASYMMETRIC = ("quantile", "expectile")  # the losses that take tau
+NARROWED = ("lad", "quantile")  # those solved as Huber losses of vanishing width
 SPACES = ("log", "raw")
 
 
@@ -27,24 +29,48 @@ class RowLoss:
     """A loss of one residual. ``huber``: r^2/2 up to ``delta``, then delta(|r| - delta/2) (absolute units).
 
     ``lad`` (|r|) is solved as huber/delta while delta shrinks; ``delta`` is then the current width.
-    ``least_squares``: r^2/2.
+    ``least_squares``: r^2/2. With s = ``tau`` where the observed loss lies above the predicted one (r < 0)
+    and 1 - tau where it lies below, ``quantile`` is s |r| (Koenker and Bassett 1978; half of lad at tau
+    1/2; narrowed like lad) and ``expectile`` is s r^2 (Newey and Powell 1987; least squares at tau 1/2).
     """
 
     name: str
     delta: float
+    tau: float = 0.5
 
     def value(self, r, xp=np):
         if self.name == "least_squares":
             return 0.5 * r * r
+        if self.name == "expectile":
+            return self._side(r, xp) * r * r
         inside = xp.minimum(xp.abs(r), self.delta)
         huber = inside * (xp.abs(r) - 0.5 * inside)
+        if self.name == "quantile":
+            return self._side(r, xp) * huber / self.delta
         return huber / self.delta if self.name == "lad" else huber
+
+    def exact(self, r):
+        """The loss that the narrowing widths of lad and quantile lead to; every other loss as it is."""
+        if self.name == "quantile":
+            return self._side(r, np) * np.abs(r)
+        return np.abs(r) if self.name == "lad" else self.value(r)
+
+    def _side(self, r, xp):
+        return xp.where(r > 0, 1.0 - self.tau, self.tau)
 
     def derivatives(self, r, xp=np):
         """First derivative, second derivative, and the weight s of the quadratic s r^2/2 that majorises."""
         if self.name == "least_squares":
             one = xp.ones_like(r)
             return r, one, one
+        if self.name == "expectile":
+            side = 2.0 * self._side(r, xp)
+            return side * r, side, xp.full_like(r, 2.0) * xp.maximum(self.tau, 1.0 - self.tau)
+        if self.name == "quantile":
+            # a parabola through r that stays above both branches needs a curvature of 1/|r| at most
+            side, size = self._side(r, xp) / self.delta, xp.abs(r)
+            first = side * xp.clip(r, -self.delta, self.delta)
+            return first, xp.where(size <= self.delta, side, 0.0), 1.0 / xp.maximum(size, self.delta)
         scale = 1.0 / self.delta if self.name == "lad" else 1.0
         size = xp.abs(r)
         first = xp.clip(r, -self.delta, self.delta) * scale
@@ -300,7 +326,7 @@ class AutodiffProblem(Problem):
         with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
             out = compiled(
                 p_BxK[lanes], weights, {v: z[rows] for v, z in self.log_x.items()}, self.target_R[rows],
-                self.centre, float(row_loss.delta),
+                self.centre, float(row_loss.delta), float(row_loss.tau),
             )  # fmt: skip
             value, gradient, hessian, majoriser = (np.array(a, np.float64)[:B] for a in out)
         good = np.isfinite(value) & np.isfinite(gradient).all(1) & np.isfinite(hessian).all((1, 2))
@@ -326,8 +352,8 @@ def _compiled(law: Law, space: str, plain: bool, loss: str):
 
     from_solver = _coordinates(law, plain)[1]
 
-    def one_lane(p_K, weights_R, log_x, target_R, centre, delta):
-        row_loss = RowLoss(loss, delta)
+    def one_lane(p_K, weights_R, log_x, target_R, centre, delta, tau):
+        row_loss = RowLoss(loss, delta, tau)
 
         def fitted(q_K):
             params = from_solver(list(q_K), centre, jnp)
@@ -343,7 +369,7 @@ def _compiled(law: Law, space: str, plain: bool, loss: str):
         hessian = (J_RxK * second[:, None]).T @ J_RxK + curvature
         return value, first @ J_RxK, hessian, (J_RxK * robust[:, None]).T @ J_RxK
 
-    return jax.jit(jax.vmap(one_lane, in_axes=(0, 0, None, None, None, None)))
+    return jax.jit(jax.vmap(one_lane, in_axes=(0, 0, None, None, None, None, None)))
 
 
 def make_problem(law: Law, x, y, space: str = "log", fixed=None, bounds=None) -> Problem:

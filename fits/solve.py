@@ -17,7 +17,8 @@ import numpy as np
 
 from fits.errors import FitError
 from fits.laws import EXPONENT_BOUNDS, Law
-from fits.objective import LOSSES, Evaluation, PowerSumProblem, Problem, RowLoss, make_problem
+from fits.objective import NARROWED, Evaluation, PowerSumProblem, Problem, RowLoss, make_problem
+from fits.rowweights import check_loss, check_weights, excess_scatter, weighted_median
 
 MAX_ITERATIONS = 200
 # The Newton decrement (the decrease that the quadratic model still promises) over the objective.
@@ -46,7 +47,11 @@ class Solution:
 
 @dataclasses.dataclass
 class PointFit:
-    """One fit and the verdict on it. ``p_K`` are solver coordinates, ``params`` the law's own."""
+    """One fit and the verdict on it. ``p_K`` are solver coordinates, ``params`` the law's own.
+
+    ``delta`` is the Huber width used, in the unit of the residual; ``weights_R`` the row weights used, and
+    ``excess`` the scatter (a standard deviation) that was added to the rows' standard errors.
+    """
 
     params: dict[str, float]
     p_K: np.ndarray
@@ -59,6 +64,9 @@ class PointFit:
     condition: float
     at_bound: list[str]
     iterations: int
+    delta: float | None = None
+    excess: float | None = None
+    weights_R: np.ndarray | None = None
 
 
 def cholesky_solve(A_BxKxK: np.ndarray, b_BxK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -166,15 +174,16 @@ def _nonlinear(problem: Problem) -> np.ndarray:
     return np.arange(len(problem.law.terms), K)
 
 
-def minimise(problem: Problem, p_BxK, weights_BxR, loss: str, delta: float) -> Solution:
-    """``newton`` for the named loss; LAD is reached through Huber losses of vanishing width."""
-    if loss != "lad":
-        return newton(problem, p_BxK, weights_BxR, RowLoss(loss, delta))
+def minimise(problem: Problem, p_BxK, weights_BxR, loss: str, delta: float, tau: float = 0.5) -> Solution:
+    """``newton`` for the named loss; lad and quantile are reached through Huber losses of vanishing width."""
+    if loss not in NARROWED:
+        return newton(problem, p_BxK, weights_BxR, RowLoss(loss, delta, tau))
     for width in LAD_WIDTHS:
-        solution = newton(problem, p_BxK, weights_BxR, RowLoss("lad", width))
+        solution = newton(problem, p_BxK, weights_BxR, RowLoss(loss, width, tau))
         p_BxK = solution.p_BxK
     residual = problem.residuals(p_BxK)
-    return dataclasses.replace(solution, value_B=(weights_BxR * np.abs(residual)).sum(1))
+    exact = RowLoss(loss, width, tau).exact(residual)
+    return dataclasses.replace(solution, value_B=(weights_BxR * exact).sum(1))
 
 
 def exponent_grid(problem: PowerSumProblem, per_axis: int) -> np.ndarray:
@@ -281,47 +290,75 @@ def _far_apart(log_grid, order, count: int) -> list[int]:
 
 
 def solve(
-    law: Law, x, y, *, loss="huber", delta=1e-3, space="log", weights=None, fixed=None, bounds=None, starts=12
-) -> tuple[Problem, PointFit]:
+    law: Law, x, y, *, loss="huber", delta=1e-3, delta_unit="absolute", tau=0.5, space="log", weights=None,
+    stderr=None, fixed=None, bounds=None, starts=12,
+) -> tuple[Problem, PointFit]:  # fmt: skip
     """Fits a law to rows and judges the result.
 
     Args:
       x: natural log of each variable of the law, float64 [R] each. y: loss, [R].
-      loss: "huber" (absolute ``delta``), "lad" or "least_squares"; always summed over rows.
+      loss: "huber", "lad", "least_squares", "quantile" or "expectile"; always summed over rows.
+      delta: Huber's width, in the unit of the residual, or (``delta_unit="scale"``) in robust standard
+        deviations: 1.4826 times the median absolute residual of one lad fit of the same rows.
+      tau: for quantile and expectile: near 1 the surface runs above most losses, near 0 below them.
       space: residuals of "log" or "raw" loss.
-      weights: a weight per row, default 1.
+      weights: a weight per row, default 1; two is the same as the row twice.
+      stderr: standard error of each loss, [R], in the unit of the loss. Rows are weighted by
+        1 / (s^2 + excess^2), scaled to mean 1, with s in the unit of the residual and the excess from
+        ``rowweights.excess_scatter``, so that evaluation error alone never decides. The weights
+        multiply any ``weights``; a Huber width keeps its meaning, since residuals are not divided by s.
 
     Raises:
-      FitError: an unknown loss or space, a bad delta, or fewer rows than free parameters.
+      FitError: an unknown loss, unit or space, a bad delta, tau, weight or standard error, or fewer rows
+        than free parameters.
     """
-    if loss not in LOSSES:
-        raise FitError(f"loss is {loss!r}; it must be one of {', '.join(LOSSES)}")
-    if not (np.isfinite(delta) and delta > 0):
-        raise FitError(f"delta is {delta!r}; it must be a positive number, in the units of the residual")
+    check_loss(loss, delta, delta_unit, tau)
     problem = make_problem(law, x, y, space, fixed, bounds)
     free = int(problem.free_K.sum())
-    if len(problem.y_R) < free:
+    weights_R = check_weights(weights, len(problem.y_R), "weights")
+    if (weights_R > 0).sum() < free:
+        usable = "usable rows" if weights is None else "usable rows of positive weight"
         raise FitError(
-            f"the table has {len(problem.y_R)} usable rows; {law.name} has {free} free parameters "
+            f"the table has {(weights_R > 0).sum()} {usable}; {law.name} has {free} free parameters "
             "and needs at least as many rows"
         )
-    weights_R = np.ones(len(problem.y_R)) if weights is None else np.asarray(weights, float)
-    for count in (starts, 3 * starts):  # a lowest point that one start alone has found wants a second look
-        p_SxK = point_starts(problem, weights_R, count)
-        weights_SxR = np.broadcast_to(weights_R, (len(p_SxK), len(weights_R)))
-        point = judge(problem, minimise(problem, p_SxK, weights_SxR, loss, delta), loss, delta, weights_R)
-        if point.agreeing > 1 or point.starts < count:
-            break
+    excess = None
+    if stderr is not None:
+        s_R = check_weights(stderr, len(problem.y_R), "stderr") / (problem.y_R if space == "log" else 1.0)
+        rough = _search(problem, weights_R, "lad", 1.0, 0.5, starts)
+        excess = excess_scatter(problem.residuals(rough.p_K[None])[0], s_R, free)
+        width_R = np.hypot(s_R, excess)
+        inverse = (width_R.min() / width_R) ** 2  # over its largest, so that none overflows
+        weights_R = weights_R * inverse / inverse.mean()
+    if loss == "huber" and delta_unit == "scale":
+        rough = _search(problem, weights_R, "lad", 1.0, 0.5, starts)
+        scale = 1.4826 * weighted_median(np.abs(problem.residuals(rough.p_K[None])[0]), weights_R)
+        delta = delta * max(scale, rounding_unit(problem))  # a perfect fit has no scale
+    point = _search(problem, weights_R, loss, float(delta), float(tau), starts)
+    point.delta = float(delta) if loss == "huber" else None
+    point.excess, point.weights_R = excess, weights_R
     return problem, point
 
 
-def judge(problem: Problem, solution: Solution, loss: str, delta: float, weights_R) -> PointFit:
+def _search(problem: Problem, weights_R, loss: str, delta: float, tau: float, starts: int) -> PointFit:
+    """The judged best of independent starts."""
+    for count in (starts, 3 * starts):  # a lowest point that one start alone has found wants a second look
+        p_SxK = point_starts(problem, weights_R, count)
+        weights_SxR = np.broadcast_to(weights_R, (len(p_SxK), len(weights_R)))
+        solution = minimise(problem, p_SxK, weights_SxR, loss, delta, tau)
+        point = judge(problem, solution, RowLoss(loss, delta, tau), weights_R)
+        if point.agreeing > 1 or point.starts < count:
+            break
+    return point
+
+
+def judge(problem: Problem, solution: Solution, row_loss: RowLoss, weights_R) -> PointFit:
     """The best start and its status: converged, boundary, not identified or unconverged, with reasons."""
     value = np.where(np.isnan(solution.value_B), np.inf, solution.value_B)
     best = int(np.argmin(value))
     names, p = problem.law.parameters, solution.p_BxK[best]
     params = {k: float(v[0]) for k, v in problem.to_params(p[None]).items()}
-    same = (value <= value[best] * (1 + SAME_OBJECTIVE) + _rounding(problem, loss, delta, weights_R)) & (
+    same = (value <= value[best] * (1 + SAME_OBJECTIVE) + _rounding(problem, row_loss, weights_R)) & (
         np.abs(solution.p_BxK - p).max(1) <= SAME_COORDINATE * np.maximum(1.0, np.abs(p).max())
     )
     free = problem.free_K
@@ -373,10 +410,14 @@ def _twin(problem: Problem, solution: Solution, best: int) -> str | None:
     return f"{problem.law.parameters[at]} from {found.min():.4g} to {found.max():.4g}"
 
 
-def _rounding(problem: Problem, loss: str, delta: float, weights_R) -> float:
+def rounding_unit(problem: Problem) -> float:
+    """A residual of a few units in the last place."""
+    return 64.0 * np.finfo(float).eps * max(1.0, float(np.abs(problem.target_R).max()))
+
+
+def _rounding(problem: Problem, row_loss: RowLoss, weights_R) -> float:
     """The objective of residuals of a few units in the last place: below it all fits are perfect."""
-    unit = 64.0 * np.finfo(float).eps * max(1.0, float(np.abs(problem.target_R).max()))
-    return float(weights_R.sum() * RowLoss(loss, delta).value(np.array(unit)))
+    return float(weights_R.sum() * row_loss.value(np.array(rounding_unit(problem))))
 
 
 def _conditioning(problem: Problem, p_K, weights_R, free_K) -> tuple[float, list[str]]:
