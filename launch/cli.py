@@ -1,4 +1,4 @@
-"""The command line: scaling plan | run | status | collect | fit | allocate | report."""
+"""The command line: scaling plan | run | status | collect | fit | allocate | compare | next | report."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
-LOSSES = ["huber", "lad", "lsq"]
+LOSSES = ["huber", "lad", "lsq", "quantile", "expectile"]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs, nothing else.")
 
@@ -70,6 +70,12 @@ def cli() -> None:
       scaling fit studies/quickstart             fit the law, with intervals
       scaling allocate studies/quickstart --budget 1e13
       scaling report studies/quickstart          one HTML file with every picture
+
+    \b
+    Further questions of a fit:
+      scaling compare A B                        effective speed-up, and where the frontiers cross
+      scaling next studies/quickstart --budget 1e13    which run teaches most per FLOP
+      scaling select studies/quickstart          which law forecasts best
 
     Exit codes: 0 done; 1 some cells failed or the fit cannot be trusted; 2 bad input, said in one sentence.
     """
@@ -215,9 +221,25 @@ def fit_options(command):
         click.option("--law", default="chinchilla", show_default=True, help="Name of the law."),
         click.option("--loss", type=click.Choice(LOSSES), default="huber", show_default=True),
         click.option("--delta", type=float, default=1e-3, show_default=True, help="Huber's delta."),
+        click.option(
+            "--delta-unit",
+            type=click.Choice(["absolute", "scale"]),
+            default="absolute",
+            show_default=True,
+            help="Unit of --delta: the residual's own, or its robust standard deviation.",
+        ),
+        click.option("--tau", type=float, default=0.5, show_default=True, help="Of quantile and expectile."),
+        click.option("--weights", metavar="COLUMN", help="A weight per row."),
+        click.option("--stderr", metavar="COLUMN", help="Standard error of each loss, e.g. loss_stderr."),
         click.option("--space", type=click.Choice(["log", "raw"]), default="log", show_default=True),
         click.option("--bootstraps", type=click.IntRange(min=0), default=1000, show_default=True),
-        click.option("--cluster", default="auto", show_default=True, help="auto, none, or a column."),
+        click.option(
+            "--cluster",
+            default="auto",
+            show_default=True,
+            help="auto, size, budget, compute, row, or a column; two joined by + are crossed.",
+        ),
+        click.option("--exclude", multiple=True, metavar="RULE", help="Leave out rows: 'tokens < params'."),
         click.option("--fixed", multiple=True, metavar="NAME=VALUE", help="Pin a parameter, e.g. E=1.6."),
         click.option("--map", "columns", metavar="params=N,tokens=D", help="Column names: ours=theirs."),
         click.option("--token-unit", type=float, default=1.0, help="1e9 where tokens are in billions."),
@@ -246,22 +268,116 @@ def fit(table, out, as_json, **options):
     return 0 if result.fit.status in ("converged", "boundary") else 1
 
 
+BUDGET_OPTIONS = (
+    click.option("--budget", type=float, help="Training FLOPs to spend, e.g. 1e21."),
+    click.option("--device-hours", type=float, help="Instead of FLOPs: with --chip and --mfu."),
+    click.option("--money", type=float, help="Instead of FLOPs: with --price, --chip and --mfu."),
+    click.option("--price", type=float, help="Price of one device-hour, in the unit of --money."),
+    click.option("--chip", help="Name of the accelerator, e.g. h100 or v5e."),
+    click.option("--mfu", type=float, help="Model FLOPs utilisation, e.g. 0.4."),
+)
+LIMIT_OPTIONS = (
+    click.option("--unique-tokens", type=float, help="Tokens before any is repeated."),
+    click.option("--max-epochs", type=float, help="Passes over --unique-tokens at most."),
+    click.option("--max-params", type=float, help="Largest model allowed."),
+    click.option("--min-params", type=float, help="Smallest model allowed."),
+    click.option("--max-tokens", type=float, help="Most training tokens allowed."),
+    click.option("--tokens-per-param", type=float, help="Hold D/N at this value."),
+    click.option("--inference-tokens", type=float, help="Tokens to serve; the budget pays 2 N a token."),
+    click.option("--max-memory", type=float, help="Bytes for weights, at --bytes-per-param."),
+    click.option("--bytes-per-param", type=float, default=2.0, show_default=True, help="For --max-memory."),
+    click.option("--policy", type=float, default=20.0, show_default=True, help="D/N to compare with."),
+)
+
+
+def with_options(options):
+    """A decorator that adds click options in the order given."""
+    return lambda command: functools.reduce(lambda f, option: option(f), reversed(options), command)
+
+
 @cli.command()
 @click.argument("fit", type=click.Path(path_type=Path))
-@click.option("--budget", type=float, required=True, help="Training FLOPs to spend, e.g. 1e21.")
+@with_options(BUDGET_OPTIONS)
+@with_options(LIMIT_OPTIONS)
 @click.option("--within", type=float, default=0.10, show_default=True, help="Near-optimal band.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the allocation as JSON here.")
 @json_option
-def allocate(fit, budget, within, out, as_json):
+def allocate(fit, within, out, as_json, **options):
     """Answer "what should I train?" for a budget, from FIT: a fit file, or a fitted study folder.
 
-    Gives N*, D*, the loss, 80 and 95 % intervals, the range of N that costs little, and, for a study,
-    a shape that can be built.
+    Gives N*, D*, the loss, 80 and 95 % intervals, the range of N that costs little, what each limit
+    costs, what 20 tokens a parameter would cost, and, for a study, a shape that can be built.
     """
     from launch import fitting
 
-    allocation = fitting.allocate(fit, budget, within, out)
+    allocation = fitting.allocate(fit, within, out, options)
     emit(as_json, allocation.to_dict(), lambda: console.print(allocation))
+
+
+@cli.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option("--budget", type=float, multiple=True, help="Training FLOPs (may be given again).")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the comparison as JSON here.")
+@json_option
+def compare(a, b, budget, out, as_json):
+    """Effective speed-up of study B over study A, and where their frontiers cross, with intervals.
+
+    A and B are fit files or fitted study folders. A speed-up of 1.5 at a budget C says that A would
+    need 1.5 C for the loss that B reaches with C. Their losses must be of one kind, on one data set.
+    """
+    from launch import fitting
+
+    result = fitting.compare(a, b, list(budget), out)
+    emit(as_json, result.to_dict(), lambda: console.print(result))
+
+
+@cli.command("next")
+@click.argument("fit", type=click.Path(path_type=Path))
+@click.option("--budget", type=float, required=True, help="The budget to be decided, training FLOPs.")
+@click.option("--quantity", default="N*", show_default=True, help="What to know better: N*, D*, loss, a.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Runs to choose.")
+@click.option("--max-flops", type=float, help="The dearest run allowed (default: the table's largest).")
+@click.option("--within", type=float, help="Also say what it costs to know the quantity this well, e.g. 0.1.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the answer as JSON here.")
+@json_option
+def next_(fit, budget, quantity, batch, max_flops, within, out, as_json):
+    """Which run next teaches most per FLOP about the answer at a budget, from FIT.
+
+    FIT is a fit file or a fitted study folder. With --within 0.1: how much must be spent until the
+    quantity is known within 10 %, and on which runs.
+    """
+    from launch import fitting
+
+    answers = fitting.next_runs(fit, budget, quantity, batch, max_flops, within, out)
+    emit(as_json, {k: v.to_dict() for k, v in answers.items()},
+         lambda: [console.print(v) for v in answers.values()])  # fmt: skip
+
+
+@cli.command("select")
+@click.argument("table", type=click.Path(path_type=Path))
+@click.option("--law", "laws", multiple=True, help="A law to try (may be given again).")
+@click.option(
+    "--by",
+    type=click.Choice(["flops", "params", "tokens"]),
+    default="flops",
+    show_default=True,
+    help="What orders the runs; the largest are left out.",
+)
+@click.option("--map", "columns", metavar="params=N,tokens=D", help="Column names: ours=theirs.")
+@click.option("--token-unit", type=float, default=1.0, help="1e9 where tokens are in billions.")
+@click.option("--param-unit", type=float, default=1.0, help="1e6 where parameters are in millions.")
+@click.option("--exclude", multiple=True, metavar="RULE", help="Leave out rows: 'tokens < params'.")
+@json_option
+def select_(table, laws, by, as_json, **reading):
+    """Which law forecasts best: leave out the largest runs of TABLE, forecast them, compare the laws.
+
+    The answer may be that the laws cannot be told apart.
+    """
+    from launch import fitting
+
+    result = fitting.select(table, list(laws), by, reading)
+    emit(as_json, result.to_dict(), lambda: console.print(result))
 
 
 @cli.command()

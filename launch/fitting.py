@@ -17,7 +17,9 @@ from scaling.flops import ledger
 from scaling.recipe import FlopsOfSize, recipe_from_config, shape
 from scaling.records import read_manifest, read_table
 
-LOSSES = {"huber": "huber", "lad": "lad", "lsq": "least_squares"}
+LOSSES = {
+    "huber": "huber", "lad": "lad", "lsq": "least_squares", "quantile": "quantile", "expectile": "expectile",
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -36,18 +38,12 @@ def is_study(path: Path) -> bool:
 def fit(table: Path, options: dict) -> Fitted:
     """Fits a law to a study folder or a table file, and compares approaches 1, 2 and 3."""
     rows = read_table(table)
-    columns = parse_pairs("--map", options["columns"].split(",") if options["columns"] else [])
+    reading = reading_options(options)
     fixed = {k: to_number("--fixed", k, v) for k, v in parse_pairs("--fixed", options["fixed"]).items()}
     settings = dict(
         loss=LOSSES[options["loss"]],
-        delta=options["delta"],
-        space=options["space"],
-        bootstraps=options["bootstraps"],
-        cluster=options["cluster"],
-        columns=columns,
-        token_unit=options["token_unit"],
-        param_unit=options["param_unit"],
-        seed=options["seed"],
+        **reading,
+        **{k: options[k] for k in FIT_OPTIONS},
     )
     result = fits.fit_table(rows, options["law"], fixed=fixed, source=str(table), **settings)
     if set(result.law.variables) != {"N", "D"}:
@@ -56,11 +52,23 @@ def fit(table: Path, options: dict) -> Fitted:
         compared = fits.approaches(
             rows,
             fit=result,
-            **{k: settings[k] for k in ("columns", "token_unit", "param_unit", "seed")},
+            seed=settings["seed"],
+            **reading,
         )
     except fits.FitError as error:
         return Fitted(result, None, str(error))
     return Fitted(result, compared, None)
+
+
+FIT_OPTIONS = (
+    "delta", "delta_unit", "tau", "space", "weights", "stderr", "bootstraps", "cluster", "seed",
+)  # fmt: skip
+
+
+def reading_options(options: dict) -> dict:
+    """How to read a table, from the options of a command, as keywords of ``fits``."""
+    columns = parse_pairs("--map", options["columns"].split(",") if options["columns"] else [])
+    return {"columns": columns, **{k: options[k] for k in ("token_unit", "param_unit", "exclude")}}
 
 
 def parse_pairs(option: str, items) -> dict[str, str]:
@@ -171,17 +179,79 @@ def cost_and_shape(study: Path | None):
     return FlopsOfSize(recipe, model, seq, manifest["flops_convention"]), buildable
 
 
-def allocate(path: Path, budget: float, within: float, out: Path | None) -> fits.Allocation:
-    """Allocates a budget and keeps the answer beside the fit."""
+def allocate(path: Path, within: float, out: Path | None, options: dict) -> fits.Allocation:
+    """Allocates a budget under the limits asked for and keeps the answer beside the fit."""
     file = find_fit(path)
     study = study_of(file)
     flops, buildable = cost_and_shape(study)
-    answer = fits.allocate(fits.read_fit(file), budget, flops=flops, within=within, shape=buildable)
+    limits = {k: options[k] for k in LIMITS if options[k] is not None}
+    if options["max_memory"] is not None:
+        limits["max_memory_bytes"] = options["max_memory"]
+        limits["bytes_per_param"] = options["bytes_per_param"]
+    answer = fits.allocate(
+        fits.read_fit(file), budget_of(options), flops=flops, within=within, shape=buildable, **limits
+    )
     target = out or (study / "fits" / "allocation.json" if study else None)
     if target is not None:
-        asked = {"fit_hash": file_hash(file), "within": within, "command": command_line()}
+        asked = {"fit_hash": file_hash(file), "within": within, "limits": limits, "command": command_line()}
         write_json(target, {**answer.to_dict(), **asked})
     return answer
+
+
+LIMITS = (
+    "unique_tokens", "max_epochs", "max_params", "min_params", "max_tokens", "tokens_per_param",
+    "inference_tokens", "policy",
+)  # fmt: skip
+
+
+def budget_of(options: dict):
+    """The budget in the one way that was given: FLOPs, device-hours or money.
+
+    Raises:
+      ConfigError: none of them, or several.
+    """
+    given = [k for k in ("budget", "device_hours", "money") if options[k] is not None]
+    if len(given) != 1:
+        raise ConfigError("give the budget in one way: --budget, --device-hours or --money")
+    if given == ["budget"]:
+        return options["budget"]
+    keys = {"device_hours": "device_hours", "money": "money", "price": "price_per_device_hour"}
+    values = {theirs: options[ours] for ours, theirs in keys.items() if options[ours] is not None}
+    return fits.Budget(**values, chip=options["chip"], mfu=options["mfu"])
+
+
+def compare(a: Path, b: Path, budgets: list[float], out: Path | None):
+    """Compares two fitted studies, each on its own FLOP function, and keeps the answer where asked."""
+    files = [find_fit(p) for p in (a, b)]
+    costs = [cost_and_shape(study_of(f))[0] for f in files]
+    fitted = [fits.read_fit(f) for f in files]
+    tops = [f.diagnostics["range"]["flops"][1] for f in fitted]
+    budgets = budgets or [min(tops)]  # as far as both tables reach
+    names = (a.stem, b.stem) if a.stem != b.stem else (str(a), str(b))
+    result = fits.compare(*fitted, budgets, flops_a=costs[0], flops_b=costs[1], names=names)
+    if out is not None:
+        write_json(out, {**result.to_dict(), "command": command_line()})
+    return result
+
+
+def next_runs(path: Path, budget: float, quantity: str, batch: int, max_flops, within, out: Path | None):
+    """The runs that teach most, and with ``within`` what must be spent; kept where asked."""
+    file = find_fit(path)
+    flops, _ = cost_and_shape(study_of(file))
+    fitted = fits.read_fit(file)
+    asked = {"quantity": quantity, "budget_target": budget, "flops": flops, "max_flops": max_flops}
+    answers = {"next": fits.next_runs(fitted, batch=batch, **asked)}
+    if within is not None:
+        answers["spend"] = fits.spend_for(fitted, within=within, **asked)
+    if out is not None:
+        write_json(out, {k: v.to_dict() for k, v in answers.items()} | {"command": command_line()})
+    return answers
+
+
+def select(table: Path, laws: list[str], by: str, options: dict):
+    """Rolling forecasts of the largest runs under each law."""
+    chosen = {"laws": laws} if laws else {}
+    return fits.select(read_table(table), by=by, **chosen, **reading_options(options))
 
 
 def file_hash(path: Path) -> str:
@@ -204,9 +274,8 @@ def report(path: Path, out: Path | None, budget: float | None) -> Path:
     elif study is not None and kept.exists():
         answer = read_json(kept)
         if answer["fit_hash"] != file_hash(file):  # of an older fit: ask the same of this one
-            again = fits.allocate(
-                fitted, answer["budget"], flops=flops, within=answer["within"], shape=buildable
-            )
+            asked = {"within": answer["within"], **answer.get("limits", {})}
+            again = fits.allocate(fitted, answer["budget"], flops=flops, shape=buildable, **asked)
             answer = {**again.to_dict(), "command": answer["command"]}
     compared = file.with_name(file.stem + ".approaches.json")
     commands = [read_json(p)["fit"] for p in [file.with_name(file.stem + ".command.json")] if p.exists()]

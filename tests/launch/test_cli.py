@@ -128,7 +128,18 @@ def test_kill_and_resume_equals_uninterrupted(corpus, tmp_path):
 def test_help_of_every_command(tmp_path):
     from launch.cli import cli
 
-    assert set(cli.commands) >= {"plan", "run", "status", "collect", "fit", "allocate", "report"}
+    assert set(cli.commands) >= {
+        "plan",
+        "run",
+        "status",
+        "collect",
+        "fit",
+        "allocate",
+        "compare",
+        "next",
+        "select",
+        "report",
+    }
     for name, command in cli.commands.items():
         assert command.help and len(command.help) > 40, name
         for option in command.params:
@@ -163,6 +174,39 @@ def test_fit_recovers_a_planted_law(tmp_path):
         scaling("allocate", "t.chinchilla.fit.json", "--budget", "1e22", "--json", cwd=tmp_path)
     )
     assert answer["N"] * answer["D"] * 6 == pytest.approx(1e22, rel=1e-6)
+
+
+def test_questions_of_a_fitted_table(tmp_path):
+    """Limits, money, the next run, a comparison and a selection, from the shell."""
+    table = write_table(tmp_path / "t.csv")
+    rng = np.random.default_rng(0)
+    noisy = table.loss * np.exp(2e-3 * rng.standard_normal(len(table)))
+    table.assign(loss=noisy).to_csv(tmp_path / "a.csv", index=False)
+    # B needs half the compute for the same loss: N and D count as sqrt(2) times as much
+    better = 1.8 + 480 / (2**0.5 * table.params) ** 0.35 + 2100 / (2**0.5 * table.tokens) ** 0.37
+    table.assign(loss=better * noisy / table.loss).to_csv(tmp_path / "b.csv", index=False)
+    for name in "ab":
+        scaling("fit", f"{name}.csv", "--bootstraps", 120, cwd=tmp_path)
+    a, b = "a.chinchilla.fit.json", "b.chinchilla.fit.json"
+    limited = ("allocate", a, "--json", "--max-params", "1e8", "--inference-tokens", "1e11")
+    got = json.loads(scaling(*limited, "--budget", "1e22", cwd=tmp_path))
+    assert got["N"] == pytest.approx(1e8) and got["limits"] == {"max_params": 1e8, "inference_tokens": 1e11}
+    assert 6 * got["N"] * got["D"] + 2 * got["N"] * 1e11 == pytest.approx(1e22, rel=1e-6)
+    hours = ("--device-hours", "1000", "--chip", "h100", "--mfu", "0.4")
+    got = json.loads(scaling("allocate", a, *hours, "--json", cwd=tmp_path))
+    assert got["budget"] == pytest.approx(1000 * 3600 * 989.4e12 * 0.4)
+    assert "in one way" in refused("allocate", a, "--budget", "1e22", *hours, cwd=tmp_path)
+    assert "in one way" in refused("allocate", a, cwd=tmp_path)
+    got = json.loads(scaling("compare", a, b, "--budget", "1e21", "--json", cwd=tmp_path))
+    # the same noise on both sides; what is left is the difference of two noisy fits
+    assert got["speedups"][0]["speedup"]["estimate"] == pytest.approx(2.0, rel=0.1)
+    assert "speed-up" in scaling("compare", a, b, cwd=tmp_path)
+    out = scaling("next", a, "--budget", "1e23", "--batch", 2, "--within", 0.1, cwd=tmp_path)
+    assert out.count("half-width") == 2
+    picked = json.loads(
+        scaling("select", "a.csv", "--law", "chinchilla", "--law", "power_C", "--json", cwd=tmp_path)
+    )
+    assert picked["recommended"]
 
 
 def test_bad_tables_end_in_one_sentence(tmp_path):
