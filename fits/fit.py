@@ -12,6 +12,7 @@ from fits import allocate as _allocate
 from fits import uncertainty
 from fits.errors import FitError
 from fits.laws import COLUMN_OF, Law
+from fits.rowweights import describe_loss
 
 
 @dataclasses.dataclass
@@ -102,9 +103,8 @@ class Fit:
             sd = _deviation(name, got, self.fixed)
             lines.append(f"  {name:7}{got['estimate']:>12.6g}  {sd:>9}  {ends[0]:>22}  {ends[1]:>22}")
         m, d = self.method, self.diagnostics
-        width = f", delta {m['delta']:g}" if m["loss"] == "huber" else ""
         lines.append(
-            f"{d['rows_used']} of {d['rows']} rows; {m['loss']}{width} on {m['space']} loss, "
+            f"{d['rows_used']} of {d['rows']} rows; {describe_loss(m)} on {m['space']} loss, "
             f"summed: {self.objective:.10g}; rms residual {d['rms_residual']:.3g}"
         )
         if self.draws.size:

@@ -87,6 +87,26 @@ class Evaluation:
     hessian_BxKxK: np.ndarray
     majoriser_BxKxK: np.ndarray
 
+    def take(self, lanes: np.ndarray) -> Evaluation:
+        return Evaluation(
+            self.value_B[lanes],
+            self.gradient_BxK[lanes],
+            self.hessian_BxKxK[lanes],
+            self.majoriser_BxKxK[lanes],
+        )
+
+    def where(self, keep_B: np.ndarray, other: Evaluation) -> Evaluation:
+        """This evaluation in the lanes to keep, the other one's elsewhere."""
+        if keep_B.all():
+            return self
+        lanes, keep_Bx1x1 = keep_B[:, None], keep_B[:, None, None]
+        return Evaluation(
+            np.where(keep_B, self.value_B, other.value_B),
+            np.where(lanes, self.gradient_BxK, other.gradient_BxK),
+            np.where(keep_Bx1x1, self.hessian_BxKxK, other.hessian_BxKxK),
+            np.where(keep_Bx1x1, self.majoriser_BxKxK, other.majoriser_BxKxK),
+        )
+
     def put(self, lanes: np.ndarray, other: Evaluation) -> None:
         for field in dataclasses.fields(self):
             getattr(self, field.name)[lanes] = getattr(other, field.name)
@@ -161,10 +181,16 @@ def check_bounds(law: Law, bounds: Mapping[str, tuple] | None) -> dict[str, tupl
             raise FitError(
                 f"bounds names {name!r}; {law.name} has the parameters {', '.join(law.parameters)}"
             )
-        low, high = (-math.inf if pair[0] is None else pair[0]), (math.inf if pair[1] is None else pair[1])
+        try:
+            low, high = pair
+            low, high = float(-math.inf if low is None else low), float(math.inf if high is None else high)
+        except (TypeError, ValueError):
+            raise FitError(
+                f"bounds of {name} are {pair!r}; they must be a pair of numbers, None for no bound"
+            ) from None
         if not low < high:
             raise FitError(f"bounds of {name} are {pair!r}; the lower one must be below the upper one")
-        out[name] = (float(low), float(high))
+        out[name] = (low, high)
     return out
 
 
@@ -266,12 +292,15 @@ class PowerSumProblem(Problem):
         if self.space == "log":
             inverse = 1.0 / predicted
             first = first * inverse
-            robust = robust * inverse**2
-            second = second * inverse**2 - first * inverse
-        J_BxRxK = J_BxKxR.transpose(0, 2, 1)
-        gradient = (first[:, None] @ J_BxRxK)[:, 0]
-        hessian = (J_BxKxR * second[:, None]) @ J_BxRxK
-        majoriser = (J_BxKxR * robust[:, None]) @ J_BxRxK
+            robust = robust * inverse * inverse
+            second = (second * inverse - first) * inverse
+        # one product for gradient, Hessian and majoriser
+        left = np.empty((B, 2 * K + 1, len(self.y_R)))
+        left[:, 0] = first
+        np.multiply(J_BxKxR, second[:, None], out=left[:, 1 : K + 1])
+        np.multiply(J_BxKxR, robust[:, None], out=left[:, K + 1 :])
+        sums = left @ J_BxKxR.transpose(0, 2, 1)
+        gradient, hessian, majoriser = sums[:, 0], sums[:, 1 : K + 1], sums[:, K + 1 :]
         self._add_curvature(hessian, p_BxK, powers, first)
         value_B = np.where(np.isfinite(value_B), value_B, np.inf)
         return Evaluation(value_B, gradient, hessian, majoriser)
@@ -296,15 +325,28 @@ class AutodiffProblem(Problem):
     def __init__(self, law, x, y, space, fixed=None, bounds=None):
         super().__init__(law, x, y, space, fixed, bounds)
         K = len(law.parameters)
-        if bounds:
-            raise FitError(f"bounds cannot be given for {law.name}; fix a parameter instead, or edit the law")
         self.lower_K, self.upper_K = np.full(K, -np.inf), np.full(K, np.inf)
-        # coordinates of a law's own may mix parameters; to pin one, each needs a coordinate
-        self._plain = bool(self.fixed)
+        for name in bounds or {}:
+            self._bound(name)
+        # coordinates of a law's own may mix parameters; to pin or bound one, each needs a coordinate
+        self._plain = bool(self.fixed or bounds)
         self._to_solver, self._from_solver = _coordinates(law, self._plain)
         for name, value in self.fixed.items():
             at = law.parameters.index(name)
-            self.lower_K[at] = self.upper_K[at] = np.log(value) if law._positive(name) else value
+            self.lower_K[at] = self.upper_K[at] = _log(value) if law._positive(name) else value
+
+    def _bound(self, name: str):
+        """A bound in the law's own parameter, as one of its plain coordinate (log where it is positive)."""
+        low, high = self.bounds[name]
+        if self.law._positive(name):
+            if low < 0:
+                raise FitError(
+                    f"bounds of {name} are ({low:g}, {high:g}); {name} of {self.law.name} is positive, so the "
+                    "lower one must be at least 0"
+                )
+            low, high = -math.inf if low == 0 else math.log(low), math.log(high)
+        at = self.law.parameters.index(name)
+        self.lower_K[at], self.upper_K[at] = low, high
 
     def to_params(self, p_BxK):
         params = self._from_solver(list(np.asarray(p_BxK).T), self.centre)
@@ -331,6 +373,11 @@ class AutodiffProblem(Problem):
             value, gradient, hessian, majoriser = (np.array(a, np.float64)[:B] for a in out)
         good = np.isfinite(value) & np.isfinite(gradient).all(1) & np.isfinite(hessian).all((1, 2))
         return Evaluation(np.where(good, value, np.inf), gradient, hessian, majoriser)
+
+
+def _log(value: float) -> float:
+    """A finite stand-in for log 0, whose exponential is 0."""
+    return math.log(value) if value > 0 else -1000.0
 
 
 def _padded(n: int, least: int) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fits.plots.style import scientific, short
+from fits.rowweights import describe_loss
 
 NO_ESTIMATE = ("not identified", "unconverged")
 STATUS_WORDS = {
@@ -263,7 +264,6 @@ def flops_ratio(fit: Any) -> tuple[float, float] | None:
 def fit_checklist(fit: Any) -> list[list]:
     """How the fit was made: question and answer."""
     m, d = fit.method, fit.diagnostics
-    width = f", delta {m['delta']:g}" if m["loss"] == "huber" else ""
     law = f"{fit.law.formula} ({fit.law.source}); parameters {', '.join(fit.law.parameters)}"
     if fit.fixed:
         law += "; held fixed: " + ", ".join(f"{name} = {value:g}" for name, value in fit.fixed.items())
@@ -275,7 +275,7 @@ def fit_checklist(fit: Any) -> list[list]:
         intervals = (
             f"{m['bootstraps']} resamples ({m['scheme']}) of clusters by {m['cluster']}, seed {m['seed']}"
         )
-    objective = f"{m['loss']}{width} on {m['space']} loss, {m['reduction']} over rows:"
+    objective = f"{describe_loss(m)} on {m['space']} loss, {m['reduction']} over rows:"
     used = [number(d["rows_used"], "int"), "of", number(d["rows"], "int")]
     return [
         ["What was fitted", law],

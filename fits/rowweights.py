@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,24 @@ def row_column(table, named: Any, name: str, columns=None) -> np.ndarray | None:
             f"table's {len(table.rows)} rows"
         )
     return check_weights(values[table.index], len(table), name)
+
+
+def describe_loss(method: Mapping) -> str:
+    """The loss of a fit's ``method``, its width or tau, and what weights the rows, in words."""
+    out = method["loss"]
+    if method.get("tau") is not None:
+        out += f" {method['tau']:g}"
+    if method.get("delta") is not None:
+        out += f", delta {method['delta']:.4g}"
+    if method.get("delta_unit") == "scale":
+        out += f" ({method['delta_given']:g} robust standard deviations)"
+    if method.get("weights"):
+        out += f", weights {method['weights']}"
+    if method.get("stderr"):
+        out += (
+            f", standard errors {method['stderr']} with an excess scatter of {method['excess_scatter']:.2g}"
+        )
+    return out
 
 
 def weighted_median(values_R: np.ndarray, weights_R: np.ndarray) -> float:

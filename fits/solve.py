@@ -70,25 +70,25 @@ class PointFit:
 
 
 def cholesky_solve(A_BxKxK: np.ndarray, b_BxK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Solves small symmetric systems lane by lane; returns x_BxK and whether A was positive definite."""
-    K = A_BxKxK.shape[-1]
-    lower = np.zeros_like(A_BxKxK)
-    good = np.ones(A_BxKxK.shape[:-2], bool)
+    """Solves small symmetric systems lane by lane; returns x_BxK and whether A was positive definite.
+
+    Elimination without pivoting (the LDL' form of Cholesky), with lanes last so that each step is a few
+    operations on contiguous rows of all lanes. A is positive definite where all pivots are positive.
+    """
+    K, shape = A_BxKxK.shape[-1], b_BxK.shape
+    both = np.concatenate([A_BxKxK, b_BxK[..., None]], -1).reshape(-1, K, K + 1)
+    rest = np.ascontiguousarray(both.transpose(1, 2, 0))
+    every = np.arange(K)
+    floor = 1e-14 * np.abs(rest[every, every])
+    x = np.empty((K, rest.shape[2]))
     with np.errstate(all="ignore"):
-        for j in range(K):
-            pivot = A_BxKxK[..., j, j] - (lower[..., j, :j] ** 2).sum(-1)
-            good &= pivot > 1e-14 * np.abs(A_BxKxK[..., j, j])
-            root = np.sqrt(np.where(pivot > 0, pivot, 1.0))
-            lower[..., j, j] = root
-            for i in range(j + 1, K):
-                dot = (lower[..., i, :j] * lower[..., j, :j]).sum(-1)
-                lower[..., i, j] = (A_BxKxK[..., i, j] - dot) / root
-        x = np.array(b_BxK, float)
-        for i in range(K):
-            x[..., i] = (x[..., i] - (lower[..., i, :i] * x[..., :i]).sum(-1)) / lower[..., i, i]
+        for j in range(K - 1):
+            rest[j + 1 :, j + 1 :] -= (rest[j + 1 :, j] / rest[j, j])[:, None] * rest[j, j + 1 :]
         for i in reversed(range(K)):
-            x[..., i] = (x[..., i] - (lower[..., i + 1 :, i] * x[..., i + 1 :]).sum(-1)) / lower[..., i, i]
-    return x, good & np.isfinite(x).all(-1)
+            known = (rest[i, i + 1 : K] * x[i + 1 :]).sum(0) if i + 1 < K else 0.0
+            x[i] = (rest[i, K] - known) / rest[i, i]
+    good = (rest[every, every] > floor).all(0) & np.isfinite(x).all(0)
+    return np.ascontiguousarray(x.T).reshape(shape), good.reshape(shape[:-1])
 
 
 def _newton_step(problem: Problem, p_BxK, at: Evaluation, damping_B):
@@ -122,43 +122,51 @@ def newton(problem: Problem, p_BxK: np.ndarray, weights_BxR: np.ndarray, row_los
     p = np.clip(np.array(p_BxK, float), problem.lower_K, problem.upper_K)
     B, K = p.shape
     at = problem.evaluate(p, weights_BxR, row_loss)
-    damping, decrement = np.full(B, 1e-2), np.full(B, np.inf)
-    converged, held_all = np.zeros(B, bool), np.zeros((B, K), bool)
-    small_count = np.zeros(B, int)
+    out = Solution(p, at.value_B, np.full(B, np.inf), np.zeros(B, bool), np.zeros((B, K), bool), at, 0)
     # the objective that rounding alone leaves on a perfect fit
     unit = 4.0 * np.finfo(float).eps * max(1.0, float(np.abs(problem.target_R).max()))
     floor = weights_BxR.sum(1) * row_loss.value(np.array(unit))
+    nonlinear = _nonlinear(problem)
+    # what follows is held for the live lanes only
     live = np.flatnonzero(np.isfinite(at.value_B))
-    iterations = 0
-    while len(live) and iterations < MAX_ITERATIONS:
-        iterations += 1
-        here = Evaluation(*(getattr(at, f.name)[live] for f in dataclasses.fields(at)))
-        step, promised, good, held = _newton_step(problem, p[live], here, damping[live])
+    p, at, weights, floor = p[live], at.take(live), weights_BxR[live], floor[live]
+    damping, small_count = np.full(len(live), 0.1), np.zeros(len(live), int)
+    while len(live):
+        out.iterations += 1
+        step, promised, good, held = _newton_step(problem, p, at, damping)
         # exponents move at most 0.5 a step: the quadratic model knows nothing further away
         step = np.where(good[:, None] & np.isfinite(step), step, 0.0)
-        limit = np.abs(step[:, _nonlinear(problem)]).max(1, initial=0.0)
+        limit = np.abs(step[:, nonlinear]).max(1, initial=0.0)
         step = step * np.minimum(1.0, 0.5 / np.maximum(limit, 1e-300))[:, None]
-        trial_p = np.clip(p[live] + step, problem.lower_K, problem.upper_K)
-        trial = problem.evaluate(trial_p, weights_BxR[live], row_loss)
+        trial_p = np.clip(p + step, problem.lower_K, problem.upper_K)
+        trial = problem.evaluate(trial_p, weights, row_loss)
         # below this much the objective cannot tell a better point from rounding
-        noise = DECREMENT * here.value_B + floor[live]
+        noise = DECREMENT * at.value_B + floor
         small = good & (promised <= noise)
-        better = good & (trial.value_B <= here.value_B + np.where(small, noise, 0.0))
-        took = live[better]
-        p[took] = trial_p[better]
-        at.put(took, Evaluation(*(getattr(trial, f.name)[better] for f in dataclasses.fields(trial))))
-        held_all[live] = held
-        decrement[live] = np.where(good, promised, np.inf)
-        converged[live] = small & (damping[live] == 0.0)
-        small_count[live] += small
-        gain = (here.value_B - trial.value_B) / np.maximum(promised, 1e-300)
-        calmer = np.where(gain > 0.5, 0.1, 1.0) * damping[live]
-        wilder = np.maximum(damping[live], 1e-4) * 8.0
+        better = good & (trial.value_B <= at.value_B + np.where(small, noise, 0.0))
+        with np.errstate(all="ignore"):  # an infinite trial is no gain, and a lane at zero has none to make
+            gain = (at.value_B - trial.value_B) / np.maximum(promised, 1e-300)
+        p = np.where(better[:, None], trial_p, p)
+        at = trial.where(better, at)
+        converged = small & (damping == 0.0)
+        small_count += small
+        calmer = np.where(gain > 0.5, 0.25, 1.0) * damping
+        wilder = np.maximum(damping, 1e-2) * 8.0
         # a small promise under damping says nothing: ask the undamped system
-        damping[live] = np.where(small, 0.0, np.where(better, calmer, wilder))
-        damping[live] = np.where(damping[live] < 1e-6, 0.0, damping[live])
-        live = live[~converged[live] & (damping[live] < 1e12) & (small_count[live] < 5)]
-    return Solution(p, at.value_B, decrement, converged, held_all, at, iterations)
+        damping = np.where(small, 0.0, np.where(better, calmer, wilder))
+        damping = np.where(damping < 1e-6, 0.0, damping)
+        going = ~converged & (damping < 1e12) & (small_count < 5)
+        going &= out.iterations < MAX_ITERATIONS
+        if not going.all():
+            done = ~going
+            lanes = live[done]
+            out.p_BxK[lanes], out.at_bound_BxK[lanes] = p[done], held[done]
+            out.decrement_B[lanes] = np.where(good, promised, np.inf)[done]
+            out.converged_B[lanes] = converged[done]
+            out.evaluation.put(lanes, at.take(done))
+            live, p, at, floor = live[going], p[going], at.take(going), floor[going]
+            weights, damping, small_count = weights[going], damping[going], small_count[going]
+    return out
 
 
 def _is_coefficient(problem: Problem) -> np.ndarray:
@@ -215,14 +223,16 @@ def profile(problem: PowerSumProblem, weights_BxR, grid_GxE, robust_R=None) -> t
         rest -= problem.fixed[law.terms[i].coefficient] * features[:, i]
     columns = np.concatenate([features[:, loose], rest[:, None]], 1)
     n = len(loose)
-    pairs = [(i, j) for i in range(n + 1) for j in range(i, n + 1)]
-    products = np.stack([columns[:, i] * columns[:, j] for i, j in pairs], 1).reshape(G * len(pairs), R)
     weights = weights_BxR if robust_R is None else weights_BxR * robust_R
     gram = np.zeros((B, G, n + 1, n + 1))
-    for (i, j), value in zip(
-        pairs, np.moveaxis((weights @ products.T).reshape(B, G, len(pairs)), -1, 0), strict=True
-    ):
-        gram[..., i, j] = gram[..., j, i] = value
+    if B == 1:
+        gram[0] = (columns * weights[0]) @ columns.transpose(0, 2, 1)
+    else:
+        pairs = [(i, j) for i in range(n + 1) for j in range(i, n + 1)]
+        products = np.stack([columns[:, i] * columns[:, j] for i, j in pairs], 1).reshape(G * len(pairs), R)
+        sums = (weights @ products.T).reshape(B, G, len(pairs))
+        for k, (i, j) in enumerate(pairs):
+            gram[..., i, j] = gram[..., j, i] = sums[..., k]
     lower = problem.lower_K[loose]
     best, rss = _bounded_least_squares(gram, n, lower, [law.terms[i].powers == {} for i in loose])
     p = np.broadcast_to(p_GxK, (B, G, p_GxK.shape[1])).copy()
@@ -255,12 +265,14 @@ def _bounded_least_squares(gram, n, lower_n, constant_n):
     return np.where(np.isfinite(rss)[..., None], best, np.maximum(best, 0.1 * typical)), np.maximum(rss, 0.0)
 
 
-def point_starts(problem: Problem, weights_R: np.ndarray, count: int, per_axis: int = 16) -> np.ndarray:
+def point_starts(problem: Problem, weights_R: np.ndarray, count: int, per_axis: int = 12) -> np.ndarray:
     """Independent starts [S, K]: the best point of the profile, then good ones far from those taken."""
     if not isinstance(problem, PowerSumProblem):
         x = {v: np.exp(z) for v, z in problem.log_x.items()}
         starts = problem.law.starts(x, problem.y_R)
-        p = np.concatenate([problem.from_params({**s, **problem.fixed}) for s in starts])
+        with np.errstate(divide="ignore"):  # a parameter fixed at 0 has no logarithm; its bounds do
+            p = np.concatenate([problem.from_params({**s, **problem.fixed}) for s in starts])
+        p = np.clip(p, problem.lower_K, problem.upper_K)
         with np.errstate(all="ignore"):
             cost = np.nan_to_num((weights_R * np.abs(problem.residuals(p))).sum(1), nan=np.inf)
         return p[np.argsort(cost, kind="stable")[:count]]
