@@ -100,6 +100,11 @@ class Allocation:
             lines.append(f"  expected regret: loss {self.regret['loss']:.2g} above the best, over the draws")
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        from fits.tables import notebook
+
+        return notebook(self)
+
     def __rich__(self):
         from rich.text import Text
 

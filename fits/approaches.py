@@ -102,6 +102,11 @@ class Comparison:
             )
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        from fits.tables import notebook
+
+        return notebook(self)
+
     def __rich__(self):
         from rich.text import Text
 

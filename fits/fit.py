@@ -118,6 +118,11 @@ class Fit:
             lines.append(f"excluded: {count} because {reason}")
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        from fits.tables import notebook
+
+        return notebook(self)
+
     def __rich__(self):
         from rich.console import Group
         from rich.table import Table as RichTable
