@@ -21,13 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from fits import allocate as _allocate
+from fits.allocate import optimum
 from fits.errors import FitError
 from fits.fit import Fit
 from fits.laws import COLUMN_OF
 from fits.objective import Evaluation, Problem, RowLoss, make_problem
 from fits.solve import newton
-from fits.table import clean  # noqa: F401  (the rows of a fit are those that clean made)
 
 AT_BUDGET = ("N*", "D*", "tokens_per_param", "loss*")
 GROWTH, STEPS = 1.5, 16  # the furthest point tried lies some 650 Wald half-widths out
@@ -110,21 +109,22 @@ def profile_interval(
     threshold = 0.5 * phi * effect * float(student.ppf(0.5 + level / 2, freedom)) ** 2
     if not threshold > 1e-20:
         raise FitError(f"{quantity} cannot be profiled: the residuals are rounding, so the fit has no noise")
-    g = _Quantity(problem, measure, quantity == fit.law.offset, closed)
+    estimate = float(measure({k: np.array([v]) for k, v in fit.params.items()})[0])
+    limits = problem.bounds.get(quantity, (0.0, math.inf))
+    plain = quantity == fit.law.offset or limits[0] < 0 or not estimate > 0
+    g = _Quantity(problem, measure, not plain, closed)
     trace = _Trace(problem, g, weights_R, row_loss, best_p, best, threshold)
     if not trace.half_width > 0:
         raise FitError(f"{quantity} does not depend on any free parameter, so it has no interval")
-    limits = problem.bounds.get(quantity, (-math.inf, math.inf))
     notes = []
-    low = trace.end(-1, g.coordinate(limits[0]), quantity, notes)
-    high = trace.end(+1, g.coordinate(limits[1]), quantity, notes)
+    low = trace.end(-1, limits[0], quantity, notes)
+    high = trace.end(+1, limits[1], quantity, notes)
     if trace.lower_found:
         notes.insert(0, "a lower objective than the fit's was met on the way: the fit is not at its optimum")
     if effect > 1.005:
         notes.append(
             f"rows err together: the threshold is {effect:.3g} times that of independent rows, roughly"
         )
-    estimate = float(measure({k: np.array([v]) for k, v in fit.params.items()})[0])
     return ProfileInterval(
         quantity, float(level), estimate, low, high, notes, threshold, phi, effect, freedom, trace.refits
     )
@@ -192,10 +192,10 @@ def _measure(fit: Fit, quantity: str, budget, flops, columns) -> tuple[Callable,
         raise FitError(f"budget is {budget!r}; {quantity} needs a positive number of FLOPs")
 
     def at_optimum(p: Mapping[str, Any]) -> np.ndarray:
-        got = _allocate.optimum(law, p, float(budget), flops)
+        got = optimum(law, p, float(budget), flops)
         if quantity == "tokens_per_param":
             return got["D"] / got["N"]
-        return np.asarray(got[quantity.rstrip("*").replace("loss", "loss")], float)
+        return np.asarray(got[quantity.rstrip("*")], float)
 
     if not np.isfinite(at_optimum(fit.params)).all():
         raise FitError(f"{quantity} does not exist at {budget:.4g} FLOPs: the law has no optimum there")
@@ -204,12 +204,11 @@ def _measure(fit: Fit, quantity: str, budget, flops, columns) -> tuple[Callable,
 
 
 class _Quantity:
-    """The quantity over solver coordinates, on a log scale unless it is the floor, with derivatives."""
+    """The quantity over solver coordinates (its log where it cannot be negative), with derivatives."""
 
-    def __init__(self, problem: Problem, measure: Callable, is_offset: bool, closed: bool):
+    def __init__(self, problem: Problem, measure: Callable, log: bool, closed: bool):
         self.problem, self.measure, self.closed = problem, measure, closed
-        p = problem.from_params  # noqa: F841
-        self.log = not is_offset
+        self.log = log
         self.step = 1e-4 if closed else 2e-3  # a search leaves about 1e-7 of noise in what it finds
 
     def coordinate(self, value: float) -> float:
@@ -227,6 +226,10 @@ class _Quantity:
 
     def derivatives(self, p_BxK) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Value [B], gradient [B, K] and Hessian [B, K, K] by central differences over free coordinates."""
+        with np.errstate(all="ignore"):  # a wild trial step may have no such quantity; Newton then rejects it
+            return self._derivatives(p_BxK)
+
+    def _derivatives(self, p_BxK):
         B, K = p_BxK.shape
         free = np.flatnonzero(self.problem.free_K)
         h = self.step * np.maximum(0.1, np.abs(p_BxK)) * self.problem.free_K
@@ -267,7 +270,8 @@ class _Constrained:
         off = value - self.c
         pull = (self.multiplier + self.stiffness * off)[:, None]
         outer = self.stiffness * gradient[:, :, None] * gradient[:, None, :]
-        total = got.value_B + self.multiplier * off + 0.5 * self.stiffness * off**2
+        with np.errstate(all="ignore"):
+            total = got.value_B + self.multiplier * off + 0.5 * self.stiffness * off**2
         return Evaluation(
             np.where(np.isfinite(total), total, np.inf), got.gradient_BxK + pull * gradient,
             got.hessian_BxKxK + outer + pull[:, :, None] * hessian, got.majoriser_BxKxK + outer,
@@ -324,11 +328,12 @@ class _Trace:
             last = abs(off)
         return None
 
-    def end(self, sign: int, limit: float, quantity: str, notes: list[str]) -> float | None:
+    def end(self, sign: int, bound: float, quantity: str, notes: list[str]) -> float | None:
         """One end of the interval, or None with the reason in ``notes``."""
         from scipy.optimize import brentq
 
         side = "lower" if sign < 0 else "upper"
+        limit = self.g.coordinate(bound)
         state, inside, step = (self.best_p, 0.0, 0.0), self.centre, self.half_width
         outside = None
         states = {self.centre: state}
@@ -350,8 +355,8 @@ class _Trace:
                 break
             inside = c
             if at_limit:
-                notes.append(f"the {side} end of {quantity} is its bound, {self.g.value(limit):g}")
-                return self.g.value(limit)
+                notes.append(f"the {side} end of {quantity} is its bound, {bound:g}")
+                return float(bound)
             step *= GROWTH
         if outside is None:
             reach = self.g.value(inside)
