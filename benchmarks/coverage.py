@@ -1,0 +1,145 @@
+"""How often nominal 95 % intervals hold the truth, on simulated isoFLOP grids.
+
+Each data set is a Chinchilla law on a grid of budgets by sizes, with log-normal noise by row (0.002) and,
+in most studies, a common error of each size (0.004). The quantities: the exponent a; log N* and the log
+loss of the true optimum, at the top of the grid and at ten times its budget. The intervals: percentiles of
+the pairs bootstrap; the same widened about the estimate by Student's t of (clusters - 1) over the normal
+quantile; and ``fits.few_clusters`` (least squares only).
+
+    python -m benchmarks.coverage [--sets 120] [--resamples 200] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np
+from scipy import stats
+
+from fits import uncertainty
+from fits.allocate import optimum
+from fits.few_clusters import few_cluster_interval
+from fits.laws import get_law
+from fits.laws.base import balance
+from fits.solve import solve
+
+LAW = get_law("chinchilla")
+TRUTH = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
+NOISE, EFFECT, DELTA = 2e-3, 4e-3, 1e-3
+# sizes, sizes in a budget, effect of a size, loss, cluster
+STUDIES = [
+    (9, 5, 0.0, "least_squares", "row"),
+    (9, 5, EFFECT, "least_squares", "row"),
+    (6, 5, EFFECT, "least_squares", "size"),
+    (9, 5, EFFECT, "least_squares", "size"),
+    (14, 6, EFFECT, "least_squares", "size"),
+    (9, 5, 0.0, "huber", "row"),
+    (9, 5, EFFECT, "huber", "row"),
+    (9, 5, EFFECT, "huber", "size"),
+    (14, 6, EFFECT, "huber", "size"),
+]
+
+
+def make_grid(sizes: int, per_budget: int, budgets: int = 6):
+    """Size number, N and D per run, and the budgets, whose optima lie along the ladder of sizes."""
+    step = 0.9 * np.log(2) * 9 / (sizes - 1)
+    ladder = np.log(3e7) + step * np.arange(sizes)
+    log_c = np.linspace(30, 75, 20001)
+    log_n, _ = balance(*(TRUTH[k] for k in ("A", "alpha", "B", "beta")), np.exp(log_c))
+    middles = np.linspace(ladder[0] + 1.5 * step, ladder[-1] - 1.5 * step, budgets)
+    C = np.exp(np.interp(middles, np.log(log_n), log_c))
+    number = np.concatenate([np.sort(np.argsort(np.abs(ladder - m))[:per_budget]) for m in middles])
+    N = np.exp(ladder[number])
+    return np.unique(number, return_inverse=True)[1], N, np.repeat(C, per_budget) / 6 / N, C
+
+
+def make_quantities(top: float):
+    """Functions of the parameters, arrays [B] to [B]."""
+    best = {c: optimum(LAW, TRUTH, c, None) for c in (top, 10 * top)}
+    point = {c: {v: float(np.squeeze(o[v])) for v in ("N", "D")} for c, o in best.items()}
+    out = {"a": lambda p: np.atleast_1d(LAW.compute_exponents(p)["a"])}
+    for c, name in ((top, "top"), (10 * top, "10x")):
+        out[f"N* {name}"] = lambda p, c=c: np.atleast_1d(np.log(optimum(LAW, p, c, None)["N"]))
+        out[f"loss {name}"] = lambda p, c=c: np.atleast_1d(np.log(LAW.predict(p, point[c])))
+    return out
+
+
+def study(sizes, per_budget, effect, loss, cluster, sets: int, resamples: int, seed: int = 0) -> dict:
+    """Shares of intervals that hold the truth, and median widths over 3.92 true standard deviations."""
+    number, N, D, budgets = make_grid(sizes, per_budget)
+    ids = number if cluster == "size" else np.arange(len(N))
+    groups = int(ids.max()) + 1
+    widen = stats.t.ppf(0.975, groups - 1) / stats.norm.ppf(0.975)
+    quantities = make_quantities(float(budgets.max()))
+    truth = {k: float(f(TRUTH)[0]) for k, f in quantities.items()}
+    log_loss = np.log(LAW.predict(TRUTH, {"N": N, "D": D}))
+    rng = np.random.default_rng(seed)
+    found, estimates, skipped = {}, {k: [] for k in quantities}, 0
+    for s in range(sets):
+        error = NOISE * rng.standard_normal(len(N)) + effect * rng.standard_normal(sizes)[number]
+        x, y = {"N": np.log(N), "D": np.log(D)}, np.exp(log_loss + error)
+        problem, point = solve(LAW, x, y, loss=loss, delta=DELTA, starts=4)
+        if point.status != "converged":
+            skipped += 1
+            continue
+        weights = uncertainty.resample_weights(ids, resamples, "pairs", s)
+        p_BxK, kept = uncertainty.refit(problem, point.p_K, weights, loss, DELTA)
+        draws = problem.to_params(p_BxK[kept])
+        for name, quantity in quantities.items():
+            middle = float(quantity(point.params)[0])
+            estimates[name].append(middle)
+            low, high = np.quantile(quantity(draws), [0.025, 0.975])
+            ends = {
+                "percentile": (low, high),
+                "widened by t": (middle + widen * (low - middle), middle + widen * (high - middle)),
+            }
+            if loss == "least_squares":
+                ends["few clusters"] = few_cluster_interval(problem, point.p_K, ids, quantity)["95"]
+            for method, (low, high) in ends.items():
+                got = found.setdefault(method, {}).setdefault(name, [])
+                got.append((bool(low <= truth[name] <= high), high - low))
+    out = {
+        "sizes": sizes, "rows": len(N), "size_effect": effect, "loss": loss, "cluster": cluster,
+        "sets": sets - skipped, "skipped": skipped, "coverage": {}, "width": {},
+    }  # fmt: skip
+    for method, by_name in found.items():
+        out["coverage"][method] = {k: float(np.mean([h for h, _ in v])) for k, v in by_name.items()}
+        out["width"][method] = {
+            k: float(np.median([w for _, w in v]) / 3.92 / np.std(estimates[k])) for k, v in by_name.items()
+        }
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sets", type=int, default=120, help="simulated data sets a study")
+    parser.add_argument("--resamples", type=int, default=200)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    args = parser.parse_args()
+    began, out = time.perf_counter(), []
+    error = 100 * np.sqrt(0.95 * 0.05 / args.sets)
+    print(f"{args.sets} data sets of {args.resamples} resamples; standard error of 95 %: {error:.1f} %")
+    names = list(make_quantities(1e20))
+    print("| grid | fit | interval | " + " | ".join(names) + " |\n|" + "---|" * (3 + len(names)))
+    for case in STUDIES:
+        r = study(*case, args.sets, args.resamples)
+        out.append(r)
+        grid = f"{r['sizes']} sizes, {r['rows']} rows, " + (
+            "size effect" if r["size_effect"] else "independent"
+        )
+        for method, got in r["coverage"].items():
+            cells = [f"{100 * got[k]:.0f} % ({r['width'][method][k]:.2f})" for k in names]
+            print(f"| {grid} | {r['loss']}, by {r['cluster']} | {method} | {' | '.join(cells)} |", flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(out, indent=1) + "\n")
+    print(f"\n{time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
