@@ -46,16 +46,11 @@ def few_cluster_interval(
     groups = int(cluster_R.max()) + 1
     if groups < LEAST_CLUSTERS:
         raise FitError(f"the rows form {groups} clusters; an interval needs at least {LEAST_CLUSTERS}")
-    free = np.flatnonzero(problem.free_K)
-    step = STEP * np.maximum(np.abs(p_K[free]), 1e-3)
+    free = problem.free_K
+    J_RxK, points, step = row_slopes(problem, p_K)
     if ((p_K - problem.lower_K)[free] <= step).any() or ((problem.upper_K - p_K)[free] <= step).any():
         raise FitError("the fit ended at a bound, where no interval can be read off its slopes")
-    moves = np.zeros((len(free), len(p_K)))
-    moves[np.arange(len(free)), free] = step
-    points = np.concatenate([p_K + moves, p_K - moves])
-    K = len(free)
-    residual = problem.residuals(points)
-    J_RxK = ((residual[:K] - residual[K:]) / (2 * step[:, None])).T
+    K = len(step)
     values = np.asarray(quantity(problem.to_params(points)), float)
     slope_K = (values[:K] - values[K:]) / (2 * step)
     scale = np.linalg.norm(J_RxK, axis=0)
@@ -88,3 +83,18 @@ def few_cluster_interval(
         reach = float(stats.t.ppf(0.5 + int(level) / 200, freedom)) * sd
         out[level] = [estimate - reach, estimate + reach]
     return out
+
+
+def row_slopes(problem: Problem, p_K: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Slopes of the residuals over the K free coordinates by central differences.
+
+    Returns:
+      The slopes [R, K], the points at which they were taken [2 K, coordinates], and the steps [K].
+    """
+    free = np.flatnonzero(problem.free_K)
+    step = STEP * np.maximum(np.abs(p_K[free]), 1e-3)
+    moves = np.zeros((len(free), len(p_K)))
+    moves[np.arange(len(free)), free] = step
+    points = np.concatenate([p_K + moves, p_K - moves])
+    residual = problem.residuals(points)
+    return ((residual[: len(free)] - residual[len(free) :]) / (2 * step[:, None])).T, points, step
