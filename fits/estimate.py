@@ -12,6 +12,7 @@ import numpy as np
 from fits import checks, uncertainty
 from fits.fit import Fit
 from fits.laws import COLUMN_OF, Law, get_law
+from fits.noise import noise_flags, seed_noise
 from fits.objective import ASYMMETRIC, PowerSumProblem, Problem
 from fits.rowweights import row_column
 from fits.solve import PointFit, solve
@@ -101,7 +102,10 @@ def fit_table(
         law, rows, point, cluster_name, dependence, converged, _bound_share(problem, p_BxK[converged]),
         {k: v["sd"] for k, v in intervals.items()}, point.delta, residual, row_flags,
     )  # fmt: skip
-    _write_rows(rows, problem, residual, ids, row_flags)
+    _write_rows(rows, problem, residual, ids, row_flags, point.weights_R)
+    log_residual_R = np.array([rows.rows[i]["residual"] for i in rows.index])
+    noise = seed_noise(rows, law.variables, log_residual_R, int(problem.free_K.sum()))
+    flags += noise_flags(noise)
     with np.errstate(all="ignore"):  # what overflows is written as null
         covariance = np.cov(draws.T).tolist() if len(draws) > len(law.parameters) else None
     data = {"hash": rows.hash, "rows": len(rows.rows), "columns": rows.columns, "units": rows.units}
@@ -113,7 +117,7 @@ def fit_table(
             "bootstraps": int(bootstraps), "scheme": scheme, "cluster": cluster_name, "seed": int(seed),
         },
         diagnostics=_diagnostics(rows, problem, point, residual) | dependence
-        | {"resamples_converged": int(converged.sum())},
+        | {"resamples_converged": int(converged.sum()), "seed_noise": noise},
         sensitivity=[], rows=rows.rows, data=data | {"source": source}, versions=versions(),
     )  # fmt: skip
     if sensitivity and sound:
@@ -125,7 +129,7 @@ def fit_table(
 
 
 def _dependence(rows: Table, residual, ids) -> dict[str, float]:
-    """``intraclass`` of the clusters; rows resampled one by one are still counted by their size's correlation."""
+    """``intraclass`` of the clusters; rows resampled alone are still counted by their size's correlation."""
     got = uncertainty.intraclass(residual, ids)
     if got["clusters"] == len(rows) and np.isfinite(rows.params).all():
         by_size = uncertainty.intraclass(residual, group_close(rows.params))
@@ -139,18 +143,19 @@ def _bound_share(problem: Problem, p_BxK: np.ndarray) -> float:
     return float(at_bound.any(1).mean()) if len(p_BxK) else 0.0
 
 
-def _write_rows(rows: Table, problem: Problem, residual, ids, row_flags):
-    """Adds fitted loss, log residual, cluster and flags to the record of each used row."""
+def _write_rows(rows: Table, problem: Problem, residual, ids, row_flags, weights_R):
+    """Adds fitted loss, log residual, weight, cluster and flags to the record of each used row."""
     fitted = problem.target_R + residual
     fitted = np.exp(fitted) if problem.space == "log" else fitted
     with np.errstate(all="ignore"):
         log_residual = np.log(rows.loss / fitted)
     for row in rows.rows:
-        row |= {"fitted": None, "residual": None, "cluster": None}
+        row |= {"fitted": None, "residual": None, "weight": None, "cluster": None}
     for k, i in enumerate(rows.index):
         rows.rows[i] |= {
             "fitted": float(fitted[k]),
             "residual": float(log_residual[k]),
+            "weight": 1.0 if weights_R is None else float(weights_R[k]),
             "cluster": ids[..., k].tolist(),  # a pair where rows are clustered two ways
             "flags": row_flags[k],
         }

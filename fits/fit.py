@@ -114,6 +114,13 @@ class Fit:
             )
         if "effective_rows" in d:
             lines.append(f"worth about {d['effective_rows']:.0f} independent rows of {d['rows_used']}")
+        if d.get("seed_noise"):
+            n = d["seed_noise"]
+            low, high = n["interval"]
+            lines.append(
+                f"seed noise (log loss) {n['sd']:.2g}, {100 * n['level']:g} % interval {low:.2g} to {high:.2g}, "
+                f"from {n['groups']} points run more than once"
+            )
         for reason, count in excluded_counts(self.rows).items():
             lines.append(f"excluded: {count} because {reason}")
         return "\n".join(lines)

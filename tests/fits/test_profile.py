@@ -103,6 +103,17 @@ def test_optimum_agrees_with_scipy(squares):
     assert math.isclose(best.fun / 1e3 - squares.objective, got.threshold, rel_tol=1e-2)
 
 
+def test_weighted_rows_profile_weighted():
+    table = planted_table(noise=4e-3)
+    weight = np.where(np.arange(42) % 3, 1.0, 0.2)
+    fit = plain(fits.fit_table(table, loss="least_squares", weights=weight, **OPTIONS))
+    got = profile_interval(fit, "alpha")
+    x = {"N": np.log(table["params"]), "D": np.log(table["tokens"])}
+    options = {"loss": "least_squares", "weights": weight, "fixed": {"alpha": got.low}}
+    pinned = solve(get_law("chinchilla"), x, table["loss"], **options)[1]
+    assert math.isclose(pinned.objective - fit.objective, got.threshold, rel_tol=1e-4)
+
+
 def test_quantities_hang_together(squares):
     assert squares.optimum(1e22)["N"][0] == pytest.approx(
         profile_interval(squares, "N*", budget=1e22).estimate
