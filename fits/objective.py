@@ -341,8 +341,8 @@ class AutodiffProblem(Problem):
         if self.law._positive(name):
             if low < 0:
                 raise FitError(
-                    f"bounds of {name} are ({low:g}, {high:g}); {name} of {self.law.name} is positive, so the "
-                    "lower one must be at least 0"
+                    f"bounds of {name} are ({low:g}, {high:g}); {name} of {self.law.name} is positive, so "
+                    "the lower one must be at least 0"
                 )
             low, high = -math.inf if low == 0 else math.log(low), math.log(high)
         at = self.law.parameters.index(name)
