@@ -17,6 +17,7 @@ from fits import plots
 from fits import report_study as study_words
 from fits import report_tables as words
 from fits.errors import FitError
+from fits.explorer import embedded, explorer_data, fields, inside
 from fits.fit import Fit
 from fits.fitfile import read_fit, write_whole
 
@@ -77,6 +78,12 @@ def write_report(
     context["hidden_budgets"] = hidden
     context["own_count"] = flops is not None
     context["frontier_compute"] = "C = 6 N D" if flops is None else own_count
+    explorer, context["explorer_absent"] = explorer_data(fit, flops, answers[0] if answers else None)
+    context["explorer"] = explorer
+    if explorer is not None:
+        script = (files("fits") / "templates" / "explorer.js").read_text(encoding="utf-8")
+        context["explorer_data"], context["explorer_script"] = Markup(embedded(explorer)), Markup(script)
+        context["explorer_fields"], context["explorer_inside"] = fields(explorer), inside(explorer)
     page = _environment().get_template("report.html").render(context)
     for name in CAPTIONS:
         path = Path(plots_dir) / f"{name}.png"
