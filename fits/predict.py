@@ -11,7 +11,6 @@ from fits.few_clusters import few_cluster_interval, row_slopes
 from fits.fit import Fit
 from fits.laws import COLUMN_OF
 from fits.profile import rebuild
-from fits.uncertainty import intraclass
 
 LEVELS = ("80", "95")
 RESAMPLES = 20_000  # of the residual; the 95 % end is then known to about 1 % of its distance
@@ -54,8 +53,9 @@ def predict_run(fit: Fit, *, seed: int = 0, **columns: float) -> Prediction:
     """The loss of a new run, with intervals for the surface and for the run.
 
     The run's log loss is the surface's plus a residual drawn from the fit's own, centred and enlarged for
-    the parameters that were fitted to them. A residual has its size's error as well as its own, so this
-    holds for a run of a new size; for one of the grid's sizes it is somewhat wide. The surface's error is
+    the parameters that were fitted to them and for how well so few tell the noise. A residual has its
+    size's error as well as its own, so this holds for a run of a new size; for one of the grid's sizes it
+    is somewhat wide. The surface's error is
     Student's t of ``few_cluster_interval`` where the fit is unweighted least squares on log loss, by one
     kind of cluster; else the fit's draws.
 
@@ -85,7 +85,7 @@ def predict_run(fit: Fit, *, seed: int = 0, **columns: float) -> Prediction:
     notes = []
     ways = np.array(kinds).T
     cluster_R = np.unique(ways[0] if ways.ndim == 2 else ways, return_inverse=True)[1]
-    left = _share_left(problem, p_K, residual_R, cluster_R)
+    left, freedom = _freedom(problem, p_K, residual_R, cluster_R)
     if not left > 1e-6:
         raise FitError("the fit has no degree of freedom left, so a run's noise is unknown")
     off_R = (residual_R - residual_R.mean()) / np.sqrt(left)
@@ -113,21 +113,36 @@ def predict_run(fit: Fit, *, seed: int = 0, **columns: float) -> Prediction:
         if low is not None and not low <= at[name] <= high:
             far = at[name] / high if at[name] > high else low / at[name]
             notes.append(f"{name} is {far:.3g} times outside the rows: that the law holds there is assumed")
-    run = surface + rng.choice(off_R, RESAMPLES)
+    # the noise is known by its own degrees of freedom only: Student's t in place of a normal
+    scale = np.sqrt(freedom / rng.chisquare(freedom, RESAMPLES))
+    run = surface + scale * rng.choice(off_R, RESAMPLES)
     return Prediction(
         at, estimate, _ends(estimate, surface), _ends(estimate, run), float(off_R.std(ddof=1)), notes
     )
 
 
-def _share_left(problem, p_K, residual_R, cluster_R) -> float:
-    """Variance of the fit's residuals over that of the errors, which are correlated in clusters."""
+def _freedom(problem, p_K, residual_R, cluster_R) -> tuple[float, float]:
+    """Variance of the residuals over that of the errors, which are correlated in clusters; its freedom.
+
+    The freedom is that of the sum of squared residuals (Satterthwaite), given the correlation.
+    """
     J_RxK, _, _ = row_slopes(problem, p_K)
     scale = np.linalg.norm(J_RxK, axis=0)
     Q_RxK = np.linalg.qr(J_RxK / np.where(scale > 0, scale, 1.0))[0]
     together = (cluster_R[:, None] == cluster_R).astype(float)
-    icc = intraclass(residual_R, cluster_R)["icc"]
-    errors = icc * together + (1 - icc) * np.eye(len(residual_R))
-    return float(1 - np.trace(Q_RxK.T @ errors @ Q_RxK) / len(residual_R))
+    M = np.eye(len(residual_R)) - Q_RxK @ Q_RxK.T
+    # rows' and clusters' variances from two sums of squares, each expected under the fitted parameters:
+    # the residuals' own correlation would be too low, since the parameters follow the clusters' errors
+    kinds = (np.eye(len(residual_R)), together)
+    expected = [[np.sum((M @ sums @ M) * errors) for errors in kinds] for sums in kinds]
+    off_R = residual_R - residual_R.mean()
+    own, shared = np.linalg.lstsq(expected, [off_R @ sums @ off_R for sums in kinds], rcond=None)[0]
+    icc = (
+        float(np.clip(shared / (own + shared), 0.0, 1.0)) if own > 0 and own + shared > 0 else float(own <= 0)
+    )
+    left = M @ (icc * together + (1 - icc) * np.eye(len(residual_R))) @ M
+    trace = float(np.trace(left))
+    return trace / len(residual_R), max(trace**2 / max(float((left**2).sum()), 1e-300), 1.0)
 
 
 def _ends(estimate: float, off: np.ndarray) -> dict[str, list[float]]:
