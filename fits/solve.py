@@ -101,12 +101,13 @@ def _newton_step(problem: Problem, p_BxK, at: Evaluation, damping_B):
     )
     gradient = np.where(held, 0.0, at.gradient_BxK)
     system = at.hessian_BxKxK + damping_B[:, None, None] * at.majoriser_BxKxK
-    diagonal = np.einsum("bkk->bk", at.majoriser_BxKxK)
+    every = np.arange(p_BxK.shape[1])
+    diagonal = at.majoriser_BxKxK[:, every, every]
     scale = np.sqrt(np.where((diagonal > 0) & ~held, diagonal, 1.0))
-    keep = ~held[:, :, None] & ~held[:, None, :]
-    system = np.where(keep, system / (scale[:, :, None] * scale[:, None, :]), 0.0)
-    ridge = np.where(held, 1.0, 1e-13 + 1e-3 * damping_B[:, None])
-    system += ridge[:, :, None] * np.eye(p_BxK.shape[1])
+    system /= scale[:, :, None] * scale[:, None, :]
+    if held.any():
+        system = np.where(held[:, :, None] | held[:, None, :], 0.0, system)
+    system[:, every, every] += np.where(held, 1.0, 1e-13 + 1e-3 * damping_B[:, None])
     with np.errstate(all="ignore"):  # where the system is singular the step is thrown away
         step, good = cholesky_solve(system, -gradient / scale)
         step = np.where(held, 0.0, step / scale)
@@ -130,7 +131,7 @@ def newton(problem: Problem, p_BxK: np.ndarray, weights_BxR: np.ndarray, row_los
     # what follows is held for the live lanes only
     live = np.flatnonzero(np.isfinite(at.value_B))
     p, at, weights, floor = p[live], at.take(live), weights_BxR[live], floor[live]
-    damping, small_count = np.full(len(live), 0.1), np.zeros(len(live), int)
+    damping, small_count = np.full(len(live), 0.3), np.zeros(len(live), int)
     while len(live):
         out.iterations += 1
         step, promised, good, held = _newton_step(problem, p, at, damping)
@@ -150,7 +151,8 @@ def newton(problem: Problem, p_BxK: np.ndarray, weights_BxR: np.ndarray, row_los
         at = trial.where(better, at)
         converged = small & (damping == 0.0)
         small_count += small
-        calmer = np.where(gain > 0.5, 0.25, 1.0) * damping
+        # slowly while the model is poor, then at once to Newton
+        calmer = np.where(gain > 0.5, np.where(damping < 3e-2, 0.05, 0.35), 1.0) * damping
         wilder = np.maximum(damping, 1e-2) * 8.0
         # a small promise under damping says nothing: ask the undamped system
         damping = np.where(small, 0.0, np.where(better, calmer, wilder))
@@ -234,7 +236,8 @@ def profile(problem: PowerSumProblem, weights_BxR, grid_GxE, robust_R=None) -> t
         for k, (i, j) in enumerate(pairs):
             gram[..., i, j] = gram[..., j, i] = sums[..., k]
     lower = problem.lower_K[loose]
-    best, rss = _bounded_least_squares(gram, n, lower, [law.terms[i].powers == {} for i in loose])
+    with np.errstate(all="ignore"):  # a system without a solution has no finite one, and loses
+        best, rss = _bounded_least_squares(gram, n, lower, [law.terms[i].powers == {} for i in loose])
     p = np.broadcast_to(p_GxK, (B, G, p_GxK.shape[1])).copy()
     for i in set(range(T)) - set(loose):
         p[..., i] = problem.fixed[law.terms[i].coefficient]
@@ -259,7 +262,7 @@ def _bounded_least_squares(gram, n, lower_n, constant_n):
         full = np.zeros_like(best)
         full[..., others], full[..., i] = x, lower_n[i]
         fit = yy - 2 * (b * full).sum(-1) + np.einsum("...i,...ij,...j->...", full, A, full)
-        take = fine & ~np.isfinite(rss)
+        take = fine & ~np.isfinite(rss) & np.isfinite(fit)
         rss, best = np.where(take, fit, rss), np.where(take[..., None], full, best)
     typical = np.sqrt(np.maximum(yy, 0) / np.maximum(np.einsum("...kk->...", A), 1e-300))[..., None]
     return np.where(np.isfinite(rss)[..., None], best, np.maximum(best, 0.1 * typical)), np.maximum(rss, 0.0)
@@ -413,7 +416,12 @@ def _twin(problem: Problem, solution: Solution, best: int) -> str | None:
     value, p = solution.value_B, solution.p_BxK
     equal = solution.converged_B & (value <= value[best] * (1 + SAME_MINIMUM))
     # coordinates of other laws are logs, whose differences are relative already
-    scale = np.maximum(1e-300, np.abs(p[best])) if isinstance(problem, PowerSumProblem) else 1.0
+    scale = 1.0
+    if isinstance(
+        problem, PowerSumProblem
+    ):  # a coefficient far below every loss is zero, whatever its digits
+        least = np.where(_is_coefficient(problem), 1e-6 * problem.y_R.mean(), 1e-300)
+        scale = np.maximum(least, np.abs(p[best]))
     apart = np.ptp(p[equal], axis=0) / scale if equal.any() else np.zeros(1)
     if not apart.max() > DIFFERENT:
         return None
@@ -429,7 +437,7 @@ def rounding_unit(problem: Problem) -> float:
 
 def _rounding(problem: Problem, row_loss: RowLoss, weights_R) -> float:
     """The objective of residuals of a few units in the last place: below it all fits are perfect."""
-    return float(weights_R.sum() * row_loss.value(np.array(rounding_unit(problem))))
+    return float(weights_R.sum() * row_loss.exact(np.array(rounding_unit(problem))))
 
 
 def _conditioning(problem: Problem, p_K, weights_R, free_K) -> tuple[float, list[str]]:

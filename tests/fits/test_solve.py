@@ -343,7 +343,8 @@ def test_a_free_offset_that_runs_away_is_said():
         _, held = solve(get_law("power_N"), {"N": np.log(N)}, loss, loss=kind)
         assert held.params["E"] == 0.0 and held.at_bound == ["E"] and held.status != "converged"
         _, free = solve(get_law("power_N"), {"N": np.log(N)}, loss, loss=kind, bounds={"E": (None, None)})
-        assert free.params["E"] < -50 and free.objective < 0.1 * held.objective
+        # how far it gets is a matter of steps; that the loss has no floor left is not
+        assert free.params["E"] < -20 and free.objective < 0.1 * held.objective
         assert free.status in ("boundary", "not identified", "unconverged"), free.reasons
 
 
