@@ -55,6 +55,12 @@ class Fit:
         x = {k: np.atleast_1d(v)[None] for k, v in self._x(columns).items()}
         return np.asarray(self.law.predict({k: v[:, None] for k, v in self.draw_params().items()}, x))
 
+    def prediction(self, **columns):
+        """Loss of a new run with intervals of the surface and of the run; see ``predict.predict_run``."""
+        from fits.predict import predict_run
+
+        return predict_run(self, **columns)
+
     def draw_params(self) -> dict[str, np.ndarray]:
         """Draws by name, arrays [draws]."""
         return dict(zip(self.law.parameters, self.draws.T, strict=True))

@@ -41,7 +41,7 @@ def test_noise_is_corrected_for_the_parameters():
 
 def test_huber_uses_the_draws_and_a_read_fit_agrees():
     got = fit(planted_table(noise=2e-3, size_effect=3e-3), loss="huber", bootstraps=200)
-    one = predict_run(got, **NEW)
+    one = got.prediction(**NEW)
     again = predict_run(fits.Fit.from_dict(json.loads(json.dumps(got.to_dict()))), **NEW)
     assert one.to_dict() == again.to_dict()
     draws = got.predict_draws(**NEW)[:, 0]
