@@ -193,7 +193,7 @@ def test_stderr_weights_are_inverse_variances():
 
 
 def test_tiny_standard_errors_do_not_decide():
-    """One row with next to no evaluation error: the scatter between runs keeps its weight like the others'."""
+    """One row with next to no evaluation error: the scatter between runs keeps its weight near 1."""
     even_s = 1e-3 * TABLE["loss"]
     s = even_s.copy()
     s[0] = 1e-9
