@@ -10,6 +10,7 @@ import numpy as np
 from fits.laws import Law
 from fits.solve import PointFit
 from fits.table import BUDGET_WIDTH, Table, group_close
+from fits.table import _numbers as numbers
 
 if TYPE_CHECKING:
     from fits.fit import Fit
@@ -22,6 +23,8 @@ DELTA_FACTOR = 5.0  # Huber's width over the median residual, either way
 WIDE_EXPONENT = 0.5  # standard deviation of an exponent over its estimate
 FAILED_SHARE = 0.01
 BOUND_SHARE = 0.05
+WARMUP_SHARE = 0.5  # of a run's tokens: a rate that is still rising has taught little
+CONDITION = 1e7  # of the column-scaled J'J; 1e11 is where float64 cannot tell parameters apart
 ROUNDING = 1e-9  # log residuals below this are rounding, not noise
 
 
@@ -71,22 +74,62 @@ def _on_a_line(log_n, log_d) -> list[str]:
 
 
 def row_flags(table: Table, residual_R: np.ndarray) -> list[list[str]]:
-    """Flags of each used row: starved, outlier, upturn (a longer run of its size with a higher loss)."""
+    """Flags of each used row: starved, warm-up, outlier, diverged, upturn (a longer run, a higher loss)."""
     flags: list[list[str]] = [[] for _ in range(len(table))]
     for i in np.flatnonzero(table.tokens < STARVED * table.params):
         flags[i].append(f"starved: {table.tokens[i] / table.params[i]:.2g} tokens a parameter")
+    for i, share in enumerate(_warmup_share(table)):
+        if share >= WARMUP_SHARE:
+            flags[i].append(f"warm-up: {100 * share:.3g} % of its tokens, so it hardly trained at its rate")
     off = residual_R - np.median(residual_R)
     spread = max(1.4826 * float(np.median(np.abs(off))), ROUNDING)
     for i in np.flatnonzero(np.abs(off) > OUTLIER * spread):
         flags[i].append(
             f"outlier: residual {residual_R[i]:+.3g}, {abs(off[i]) / spread:.1f} robust deviations"
         )
+    for i, why in _diverged(table, off, spread):
+        flags[i].append(f"diverged: {why}")
     for i in _upturns(table):
         flags[i].append("upturn: more tokens at this size, yet a higher loss")
     for i, value in enumerate(table.extra.get("interpolated", [])):
         if str(value).lower() in ("1", "1.0", "true"):
             flags[i].append("interpolated: not a measured run")
     return flags
+
+
+def _warmup_share(table: Table) -> np.ndarray:
+    """Warm-up over the whole run, by tokens or by steps where the table has them; NaN where it has not."""
+    n, empty = len(table), np.full(len(table), np.nan)
+    columns = {
+        k: numbers(table.extra[k]) for k in ("warmup_tokens", "warmup_steps", "steps") if k in table.extra
+    }
+    with np.errstate(all="ignore"):
+        by_tokens = columns.get("warmup_tokens", empty) / table.tokens
+        by_steps = columns.get("warmup_steps", empty) / columns.get("steps", empty)
+    share = np.where(np.isfinite(by_tokens), by_tokens, by_steps)
+    return np.where(np.isfinite(share), share, np.nan).reshape(n)
+
+
+def _diverged(table: Table, off_R: np.ndarray, spread: float) -> list[tuple[int, str]]:
+    """Rows said to have diverged, or far above the surface and worse than a run of less N and less D."""
+    out = []
+    said = table.extra.get("diverged", [None] * len(table))
+    vocabulary = (
+        numbers(table.extra["vocab_size"]) if "vocab_size" in table.extra else np.full(len(table), np.nan)
+    )
+    for i in range(len(table)):
+        if str(said[i]).lower() in ("1", "1.0", "true"):
+            out.append((i, "the table says so"))
+        elif vocabulary[i] > 1 and table.loss[i] >= np.log(vocabulary[i]):
+            out.append(
+                (i, f"loss {table.loss[i]:.4g} is no better than guessing one of {vocabulary[i]:g} tokens")
+            )
+        elif -off_R[i] > OUTLIER * spread:  # observed above fitted
+            below = (table.params <= table.params[i]) & (table.tokens <= table.tokens[i])
+            if (below & (table.loss < table.loss[i])).any():
+                text = f"loss {table.loss[i]:.4g}, above that of a run with no more parameters and tokens"
+                out.append((i, text))
+    return out
 
 
 def _upturns(table: Table) -> list[int]:
@@ -142,11 +185,18 @@ def fit_flags(
     shared = _cluster_flags(table, cluster, dependence)
     # intervals that cannot be believed come before what merely makes them rough
     out = [f for f in shared if f["code"] == "correlated_rows"] + out
+    if point.condition > CONDITION and point.status in ("converged", "boundary"):
+        text = f"the rows hardly tell the parameters apart (condition number {point.condition:.1e})"
+        out.append(
+            flag("ill_conditioned", text + ": believe predictions inside the data, not single parameters")
+        )
     out += _width_flags(delta, residual_R)
     out += _bootstrap_flags(law, point, converged_B, bound_share, deviations)
     out += [f for f in shared if f["code"] != "correlated_rows"]
     for word, text in (
         ("starved", f"rows have fewer than {STARVED:g} token a parameter and may bend the fit"),
+        ("warm-up", f"rows spent {100 * WARMUP_SHARE:g} % or more of their tokens warming up"),
+        ("diverged", "rows look diverged, and pull the surface up; exclude them by a declared rule"),
         ("outlier", f"rows lie more than {OUTLIER:g} robust deviations off the surface"),
         ("upturn", "rows have a higher loss than a run of their size on fewer tokens"),
         ("interpolated", "rows are interpolated, not measured"),
@@ -215,12 +265,17 @@ def _cluster_flags(table: Table, cluster: str, dependence: Mapping) -> list[dict
 
 
 def sensitivity_flags(fit: Fit) -> list[dict[str, str]]:
-    """Flags where one choice (delta, a budget) moves the exponent a by two of its standard deviations."""
+    """Flags where one choice (delta, a budget, a size) moves the exponent a by two standard deviations.
+
+    Not for windows: fewer rows over less compute move a by more than that by chance alone.
+    """
     got = fit.intervals.get("a")
     if not got or not got["sd"]:
         return []
     out = []
     for row in fit.sensitivity:
+        if row["what"].startswith("only"):
+            continue
         if row["a"] is not None and abs(row["a"] - got["estimate"]) > 2 * got["sd"]:
             text = f"{row['what']}: a moves from {got['estimate']:.3f} to {row['a']:.3f}, "
             out.append(flag("sensitive", text + f"over two of its standard deviations ({got['sd']:.3f})"))

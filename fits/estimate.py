@@ -20,6 +20,12 @@ from fits.table import Table, clean, find_budgets, group_close
 
 SENSITIVITY_DELTAS = (1e-4, 1e-2)
 SENSITIVITY_BUDGETS = (3, 12)  # fewer leave too little when one goes; more and one hardly matters
+SENSITIVITY_SIZES = 12  # where there are more, neighbouring ones are dropped together
+WINDOWS = (
+    1 / 8,
+    1 / 4,
+    1 / 2,
+)  # shares of the runs, by compute, that leave the window where budgets are not found
 SENSITIVITY_STARTS = 4
 
 
@@ -61,7 +67,7 @@ def fit_table(
       bootstraps, scheme, cluster, seed: see ``uncertainty.resample_weights`` and ``find_clusters``.
       fixed: parameters pinned to a value. bounds: name -> (lower, upper), None for unbounded.
       columns, token_unit, param_unit, exclude: see ``table.clean``.
-      sensitivity: refit under other deltas and without each budget.
+      sensitivity: refit under other deltas, without each budget, without each size, over narrower windows.
       source: where the table came from, for the record.
 
     Raises:
@@ -219,7 +225,11 @@ def _diagnostics(rows: Table, problem: Problem, point: PointFit, residual) -> di
 
 
 def sensitivity_strip(law: Law, rows: Table, options: Mapping) -> list[dict]:
-    """Refits under other Huber widths, by least squares, and without each budget where budgets repeat."""
+    """Refits under other choices of Huber width, of loss, and of the rows that count.
+
+    Each budget is dropped in turn (where budgets repeat), each size (or group of neighbouring sizes), and
+    then ever more of the smallest budgets (or of the least compute), as a window that begins higher.
+    """
     cases: list[tuple[str, np.ndarray, dict]] = []
     everything = np.ones(len(rows), bool)
     if options["loss"] == "huber":
@@ -230,6 +240,7 @@ def sensitivity_strip(law: Law, rows: Table, options: Mapping) -> list[dict]:
         groups, budgets = find_budgets(rows)
         if SENSITIVITY_BUDGETS[0] <= len(budgets) <= SENSITIVITY_BUDGETS[1]:
             cases += [(f"without the runs at {c:.3g} FLOPs", groups != g, {}) for g, c in enumerate(budgets)]
+    cases += [(what, keep, {}) for what, keep in _drops(rows)]
     out = []
     for what, keep, change in cases:
         if (keep & (options.get("weights") is None or options["weights"] > 0)).sum() <= len(law.parameters):
@@ -242,6 +253,29 @@ def sensitivity_strip(law: Law, rows: Table, options: Mapping) -> list[dict]:
         out.append(
             {"what": what, "rows": int(keep.sum()), "status": point.status, "params": point.params, "a": a}
         )
+    return out
+
+
+def _drops(rows: Table) -> list[tuple[str, np.ndarray]]:
+    """What is dropped, in words, and the rows that stay: sizes in turn, then the low end of compute."""
+    out = []
+    if np.isfinite(rows.params).all():
+        ids = group_close(rows.params)
+        sizes = np.array([np.exp(np.log(rows.params[ids == g]).mean()) for g in range(ids.max() + 1)])
+        if len(sizes) >= 3:
+            for part in np.array_split(np.arange(len(sizes)), min(len(sizes), SENSITIVITY_SIZES)):
+                low, high = sizes[part[0]], sizes[part[-1]]
+                name = f"{low:.3g}" if len(part) == 1 else f"{low:.3g} to {high:.3g}"
+                out.append((f"without the size{'s' * (len(part) > 1)} {name}", ~np.isin(ids, part)))
+    if np.isfinite(rows.flops).all():
+        groups, budgets = find_budgets(rows)
+        if SENSITIVITY_BUDGETS[0] <= len(budgets) <= SENSITIVITY_BUDGETS[1]:
+            starts = [budgets[k] for k in range(2, len(budgets) // 2 + 1)]
+            windows = [(start, groups >= k + 2) for k, start in enumerate(starts)]
+        else:
+            starts = [float(np.quantile(rows.flops, share)) for share in WINDOWS]
+            windows = [(start, rows.flops >= start) for start in starts]
+        out += [(f"only the runs from {start:.3g} FLOPs", keep) for start, keep in windows if not keep.all()]
     return out
 
 

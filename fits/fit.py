@@ -124,7 +124,7 @@ class Fit:
             n = d["seed_noise"]
             low, high = n["interval"]
             lines.append(
-                f"seed noise (log loss) {n['sd']:.2g}, {100 * n['level']:g} % interval {low:.2g} to {high:.2g}, "
+                f"seed noise {n['sd']:.2g} in log loss ({100 * n['level']:g} %: {low:.2g} to {high:.2g}), "
                 f"from {n['groups']} points run more than once"
             )
         for reason, count in excluded_counts(self.rows).items():

@@ -33,7 +33,7 @@ def test_epoch_through_the_front_door(epoch):
         assert math.isclose(fit.params[key], want, rel_tol=5e-7), key
     assert math.isclose(fit.intervals["a"]["estimate"], 0.3671724 / (0.3473105 + 0.3671724), rel_tol=1e-6)
     assert fit.method["reduction"] == "sum" and fit.method["cluster"] == "model size"
-    assert [s["what"] for s in fit.sensitivity] == ["delta 0.0001", "delta 0.01", "least squares"]
+    assert [s["what"] for s in fit.sensitivity][:3] == ["delta 0.0001", "delta 0.01", "least squares"]
     # least squares has its own published optimum
     assert abs(fit.sensitivity[2]["params"]["alpha"] - 0.3603) < 5e-5
 
@@ -201,7 +201,7 @@ def test_a_delta_far_from_the_residuals_is_said():
 def test_sensitivity_drops_each_budget():
     table = planted_table(noise=2e-3)
     fit = fits.fit_table(table, bootstraps=60)
-    dropped = [s for s in fit.sensitivity if s["what"].startswith("without")]
+    dropped = [s for s in fit.sensitivity if s["what"].startswith("without the runs")]
     assert len(dropped) == 6 and all(s["rows"] == 35 for s in dropped)
     keep = np.repeat(np.arange(6), 7) != 2
     alone = fits.fit_table({k: v[keep] for k, v in table.items()}, bootstraps=0, sensitivity=False)
