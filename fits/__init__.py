@@ -4,9 +4,12 @@ from fits.budget import Budget
 from fits.design import NextRuns, next_runs, spend_for
 from fits.errors import FitError
 from fits.estimate import fit_table
+from fits.few_clusters import few_cluster_interval
 from fits.fit import Fit
 from fits.fitfile import read_fit, write_fit
 from fits.laws import Law, PowerSum, Term, get_law, law_names, register_law
+from fits.predict import Prediction, predict_run
+from fits.profile import ProfileInterval, profile_interval
 from fits.shared import SharedFit, shared_fit
 from fits.table import read_table
 
@@ -28,6 +31,8 @@ __all__ = [
     "NextRuns",
     "Power",
     "PowerSum",
+    "Prediction",
+    "ProfileInterval",
     "Selection",
     "SharedFit",
     "StudyComparison",
@@ -35,11 +40,14 @@ __all__ = [
     "allocate",
     "approaches",
     "compare",
+    "few_cluster_interval",
     "fit_table",
     "get_law",
     "law_names",
     "next_runs",
     "power",
+    "predict_run",
+    "profile_interval",
     "read_fit",
     "read_table",
     "register_law",
