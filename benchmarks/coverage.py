@@ -6,7 +6,7 @@ loss of the true optimum, at the top of the grid and at ten times its budget. Th
 the pairs bootstrap; the same widened about the estimate by Student's t of (clusters - 1) over the normal
 quantile; and ``fits.few_clusters`` (least squares only).
 
-    python -m benchmarks.coverage [--sets 120] [--resamples 200] [--json FILE]
+    python benchmarks/coverage.py [--sets 120] [--resamples 200] [--json FILE]
 """
 
 from __future__ import annotations
@@ -14,20 +14,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# beside this script lies fits.py, which would be found in place of the package
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
-import numpy as np
-from scipy import stats
+import numpy as np  # noqa: E402
+from scipy import stats  # noqa: E402
 
-from fits import uncertainty
-from fits.allocate import optimum
-from fits.few_clusters import few_cluster_interval
-from fits.laws import get_law
-from fits.laws.base import balance
-from fits.solve import solve
+from fits import uncertainty  # noqa: E402
+from fits.allocate import optimum  # noqa: E402
+from fits.few_clusters import few_cluster_interval  # noqa: E402
+from fits.laws import get_law  # noqa: E402
+from fits.laws.base import balance  # noqa: E402
+from fits.solve import solve  # noqa: E402
 
 LAW = get_law("chinchilla")
 TRUTH = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
