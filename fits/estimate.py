@@ -21,11 +21,8 @@ from fits.table import Table, clean, find_budgets, group_close
 SENSITIVITY_DELTAS = (1e-4, 1e-2)
 SENSITIVITY_BUDGETS = (3, 12)  # fewer leave too little when one goes; more and one hardly matters
 SENSITIVITY_SIZES = 12  # where there are more, neighbouring ones are dropped together
-WINDOWS = (
-    1 / 8,
-    1 / 4,
-    1 / 2,
-)  # shares of the runs, by compute, that leave the window where budgets are not found
+# shares of the runs, by compute, that leave the window where budgets are not found
+WINDOWS = (1 / 8, 1 / 4, 1 / 2)
 SENSITIVITY_STARTS = 4
 
 
