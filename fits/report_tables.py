@@ -144,8 +144,13 @@ def allocation_table(answer: Mapping) -> dict[str, Any]:
         rows.append([words, number(answer[name], form), span(got["80"], form), span(got["95"], form)])
     notes = [_band_sentence(answer["band"]), [answer["extrapolation"]["text"]]]
     notes.append([f"Compute is counted as {answer['compute']}."])
+    if answer.get("limits"):
+        held = ", ".join(f"{k} {v:.5g}" for k, v in answer["limits"].items())
+        notes.append([f"N and D are the best within these limits: {held}. The band above leaves them aside."])
     if answer.get("buildable"):
         notes.append(_shape_sentence(answer["buildable"], answer.get("shape") or {}))
+    if answer.get("policy"):
+        notes.append(_policy_sentence(answer["policy"]))
     head = ["", "estimate", "80 % interval", "95 % interval"]
     return {"budget": number(answer["budget"], "sci"), "head": head, "rows": rows, "notes": notes}
 
@@ -162,6 +167,18 @@ def _band_sentence(band: Mapping) -> list:
     line = ["Any N from", number(low, "count"), "(on", number(low_D, "count"), "tokens) to"]
     line += [number(high, "count"), "(on", number(high_D, "count"), "tokens)"]
     return [*line, "reaches the same loss for at most", *cost, "."]
+
+
+def _policy_sentence(policy: Mapping) -> list:
+    line = ["At", number(policy["tokens_per_param"], "g3"), "tokens per parameter: N"]
+    line += [number(policy["N"], "count"), ", D", number(policy["D"], "count"), ", loss"]
+    line += [number(policy["loss"], "g5"), ";"]
+    extra = policy["extra_compute"]
+    if extra is None:
+        return [*line, "it cannot reach the loss above."]
+    if extra < 0:
+        return [*line, "it reaches the loss above with", number(-extra, "percent"), "less compute."]
+    return [*line, "it takes", number(extra, "percent"), "more compute to reach the loss above."]
 
 
 def _shape_sentence(built: Mapping, shape: Mapping) -> list:

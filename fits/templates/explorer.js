@@ -300,10 +300,12 @@ var Explorer = (function () {
       return '<text x="' + x.toFixed(1) + '" y="' + y.toFixed(1) + '" text-anchor="' + anchor + '" fill="' + colour +
         '">' + words + "</text>";
     }
-    function upright(n, colour, words) {
+    function upright(n, colour, words, lower) { // two caps may stand close, so their words stand apart
       if (n < n0 || n > n1) return "";
       return '<line x1="' + X(n).toFixed(1) + '" x2="' + X(n).toFixed(1) + '" y1="' + top + '" y2="' + (H - bottom) +
-        '" stroke="' + colour + '" stroke-dasharray="5 4"/>' + text(X(n), top - 8, words, "middle", colour);
+        '" stroke="' + colour + '" stroke-dasharray="5 4"/>' +
+        (lower ? text(X(n) + 5, top + 12, words, "start", colour)
+          : text(X(n), top - 8, words, "middle", colour));
     }
     var out = band("95", "#d6e6f2") + band("80", "#a9cce3"), line = [];
     for (i = 0; i < c.n.length; i++) if (c.loss[i] <= high) line.push(point(c.n[i], c.loss[i]));
@@ -322,8 +324,8 @@ var Explorer = (function () {
     out += '<path d="M' + left + "," + top + "V" + (H - bottom) + "H" + (W - right) + '" fill="none" stroke="#5c5c5c"/>';
     out += text((left + W - right) / 2, H - 6, "N (parameters), on the tokens that the budget pays for", "middle", "#222");
     out += text(left, 14, "loss", "end", "#222");
-    if (state.maxParams) out += upright(Math.log(state.maxParams), "#a94700", "cap on N");
-    if (state.maxTokens && result.capSize !== null) out += upright(result.capSize, "#a94700", "cap on D");
+    if (state.maxParams) out += upright(Math.log(state.maxParams), "#a94700", "cap on N", false);
+    if (state.maxTokens && result.capSize !== null) out += upright(result.capSize, "#a94700", "cap on D", true);
     if (policy >= n0 && policy <= n1) {
       out += '<rect x="' + (X(policy) - 5).toFixed(1) + '" y="' + (Y(result.policy.loss) - 5).toFixed(1) +
         '" width="10" height="10" fill="#fff" stroke="#a94700" stroke-width="2"/>';

@@ -226,6 +226,10 @@ def test_the_page_answers_what_is_typed(tmp_path):
     out = write_report(None, fit, allocation=answer, out=tmp_path / "r.html")
     page, data, type_in = opened(out)
     assert not page.fetched
+    told = re.sub(r"<[^>]+>", "", out.read_text())
+    assert "best within these limits: max_tokens 1e+11" in told
+    extra = answer.policy["extra_compute"]
+    assert f"{100 * abs(extra):.2g} % {'more' if extra >= 0 else 'less'} compute" in told
     inputs = {i for i, attrs in page.ids.items() if attrs.get("type") in ("text", "range")}
     assert inputs and inputs <= page.labels
     shown = type_in("ratio", "20")

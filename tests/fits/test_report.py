@@ -239,6 +239,7 @@ def test_allocation_prints_the_allocation(foreign):
         *high,
         answer.band["within"],
         *(answer.buildable[k] for k in ("N", "D", "loss", "extra_compute")),
+        *(answer.policy[k] for k in ("tokens_per_param", "N", "D", "loss", "extra_compute")),
     ]
     assert printed == wanted
     assert "layers 4" in page.sections["allocation"]
