@@ -21,7 +21,7 @@ class StepsBatch(Law):
 
     name = "steps_batch"
     formula = "L = E + A / N^alpha + K / (S / (1 + B_crit / B))^gamma"
-    source = "Kaplan et al. 2020, eqs. 5.4 and 5.6 (arXiv:2001.08361); McCandlish et al. 2018 (arXiv:1812.06162)"
+    source = "Kaplan et al. 2020, eqs. 5.4 and 5.6 (arXiv:2001.08361), after arXiv:1812.06162"
     variables = ("N", "S", "B")
     parameters = ("E", "A", "K", "alpha", "gamma", "B_crit")
     bounds: ClassVar = dict.fromkeys(("E", "A", "K", "B_crit"), (0.0, math.inf)) | dict.fromkeys(

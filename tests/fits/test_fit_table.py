@@ -102,7 +102,7 @@ def test_other_names_and_units():
         ({"params": [1e8, 2e8], "tokens": [1e9], "loss": [3.0, 2.9]}, {}, "columns have different lengths"),
         ([1, 2, 3], {}, "the table is a list; it must be a DataFrame or a mapping"),
         (frame().iloc[:3], {}, "the table has 3 usable rows; chinchilla has 5 free parameters"),
-        (frame(), {"cluster": "trunk"}, "cluster is 'trunk'; it must be auto, size, budget, compute, run, row or a column"),
+        (frame(), {"cluster": "trunk"}, "cluster is 'trunk'; it must be auto, size, budget, compute"),
         (frame(), {"scheme": "jackknife"}, "scheme is 'jackknife'; it must be one of pairs, bayesian"),
         (frame(), {"bootstraps": -1}, "bootstraps is -1; it must be zero or a positive integer"),
     ],
