@@ -13,6 +13,7 @@ from fits.budget import Budget, positive
 from fits.constraints import AtUnique, Limits, limited_optimum, marginal_values, size_for, with_inference
 from fits.errors import FitError
 from fits.laws import Law
+from fits.printed import Printed
 from fits.uncertainty import interval
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ REACH = 70.0  # log range searched: from the largest N, below 1e28, down to less
 
 
 @dataclasses.dataclass
-class Allocation:
+class Allocation(Printed):
     """The answer for one budget. N in parameters, D in tokens, loss in the table's unit.
 
     Attributes:
@@ -99,16 +100,6 @@ class Allocation:
         if self.regret:
             lines.append(f"  expected regret: loss {self.regret['loss']:.2g} above the best, over the draws")
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        from fits.tables import notebook
-
-        return notebook(self)
-
-    def __rich__(self):
-        from rich.text import Text
-
-        return Text(str(self))
 
 
 def six_nd(N, D):

@@ -16,6 +16,7 @@ from fits import uncertainty
 from fits.errors import FitError
 from fits.estimate import fit_table
 from fits.fit import Fit
+from fits.printed import Printed
 from fits.table import Table, clean, find_budgets, group_close
 
 LEAST_BUDGETS = 3  # a straight line through two points has no error to show
@@ -71,7 +72,7 @@ class Approach:
 
 
 @dataclasses.dataclass
-class Comparison:
+class Comparison(Printed):
     """Approaches by number ("1", "2", "3") and the exponent a under each counting convention."""
 
     approaches: dict[str, Approach]
@@ -101,16 +102,6 @@ class Comparison:
                 f"  counted as {row['convention']:20} a: parabolas {a2}, surface {a3} ({row['status']})"
             )
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        from fits.tables import notebook
-
-        return notebook(self)
-
-    def __rich__(self):
-        from rich.text import Text
-
-        return Text(str(self))
 
 
 def approaches(

@@ -17,6 +17,7 @@ import numpy as np
 from fits.allocate import optimum
 from fits.checks import flag
 from fits.errors import FitError
+from fits.printed import Printed
 
 if TYPE_CHECKING:
     from fits.fit import Fit
@@ -68,7 +69,7 @@ class _Frontier:
 
 
 @dataclasses.dataclass
-class StudyComparison:
+class StudyComparison(Printed):
     """Effective speed-up of B over A, and where the two frontiers cross.
 
     Attributes:
@@ -100,11 +101,6 @@ class StudyComparison:
             lines.append(f"  at {s['budget']:.3g} FLOPs: {s['text']}")
         lines += [self.crossover["text"], self.method]
         return "\n".join(lines)
-
-    def __rich__(self):
-        from rich.text import Text
-
-        return Text(str(self))
 
 
 def compare(

@@ -11,6 +11,7 @@ from fits.allocate import six_nd, tokens_for
 from fits.budget import positive
 from fits.checks import STARVED
 from fits.errors import FitError
+from fits.printed import Printed
 
 QUANTITIES = ("N*", "D*", "loss", "a")
 LEAST_DRAWS = 100  # a covariance from fewer is off by more than about 15 %
@@ -18,7 +19,7 @@ MOST_RUNS = 200
 
 
 @dataclasses.dataclass
-class NextRuns:
+class NextRuns(Printed):
     """Chosen runs in order. Half-widths are of the 95 % interval: of the log (N*, D*, loss) or of a itself.
 
     Attributes:
@@ -52,11 +53,6 @@ class NextRuns:
         if self.runs:
             lines.append(f"  then {self.runs[-1]['half_width']:.3g} is expected")
         return "\n".join([*lines, f"  in all {self.flops:.4g} FLOPs"])
-
-    def __rich__(self):
-        from rich.text import Text
-
-        return Text(str(self))
 
 
 def _ratios(fit) -> tuple[float, float]:

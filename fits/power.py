@@ -12,6 +12,7 @@ from fits.allocate import optimum
 from fits.errors import FitError
 from fits.laws import Law, get_law
 from fits.objective import make_problem
+from fits.printed import Printed
 from fits.solve import minimise
 from fits.table import group_close
 
@@ -20,7 +21,7 @@ LEAST_SIMULATIONS = 20  # below that no 95 % range can be read off
 
 
 @dataclasses.dataclass
-class Power:
+class Power(Printed):
     """Where the estimate of a quantity falls over simulated studies.
 
     Attributes:
@@ -54,11 +55,6 @@ class Power:
             f"{self.range_95[0]:.5g} to {self.range_95[1]:.5g}, half-width {self.half_width:.3g}{unit}"
         )
         return "\n".join(lines)
-
-    def __rich__(self):
-        from rich.text import Text
-
-        return Text(str(self))
 
 
 def power(

@@ -10,6 +10,7 @@ from fits.errors import FitError
 from fits.few_clusters import few_cluster_interval, row_slopes
 from fits.fit import Fit
 from fits.laws import COLUMN_OF
+from fits.printed import Printed
 from fits.profile import rebuild
 
 LEVELS = ("80", "95")
@@ -18,7 +19,7 @@ LEAST_DRAWS = 20
 
 
 @dataclasses.dataclass
-class Prediction:
+class Prediction(Printed):
     """Loss of one run that was not made.
 
     Attributes:
@@ -44,9 +45,6 @@ class Prediction:
             text = ", ".join(f"{k} % {low:.5g} to {high:.5g}" for k, (low, high) in ends.items())
             lines.append(f"  {name}: {text}")
         return "\n".join(lines)
-
-    def __rich__(self):
-        return str(self)
 
 
 def predict_run(fit: Fit, *, seed: int = 0, **columns: float) -> Prediction:

@@ -26,6 +26,7 @@ from fits.errors import FitError
 from fits.fit import Fit
 from fits.laws import COLUMN_OF
 from fits.objective import Evaluation, Problem, RowLoss, make_problem
+from fits.printed import Printed
 from fits.solve import newton
 
 AT_BUDGET = ("N*", "D*", "tokens_per_param", "loss*")
@@ -36,7 +37,7 @@ OUTER = 25
 
 
 @dataclasses.dataclass
-class ProfileInterval:
+class ProfileInterval(Printed):
     """Where the profile of one quantity crosses its threshold; an end is None where none was found.
 
     Attributes:
@@ -67,9 +68,6 @@ class ProfileInterval:
             f"{self.quantity}: {self.estimate:.6g}, {100 * self.level:g} % profile interval {low} to {high}"
         )
         return "\n".join(lines)
-
-    def __rich__(self):
-        return str(self)
 
 
 def profile_interval(

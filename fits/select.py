@@ -16,6 +16,7 @@ import numpy as np
 from fits import checks, uncertainty
 from fits.errors import FitError
 from fits.laws import COLUMN_OF, Law, get_law
+from fits.printed import Printed
 from fits.solve import solve
 from fits.table import Table, _apply_rule, clean, find_budgets, group_close
 
@@ -55,7 +56,7 @@ class Candidate:
 
 
 @dataclasses.dataclass
-class Selection:
+class Selection(Printed):
     """Forecast errors of every candidate and the recommendation, which may be that none stands out.
 
     Attributes:
@@ -98,11 +99,6 @@ class Selection:
             )
             lines.append(f"  {c.name:{width}}  {c.free:>10}  {mean:>10}  {top:>8}  {c.verdict}")
         return "\n".join(lines)
-
-    def __rich__(self):
-        from rich.text import Text
-
-        return Text(str(self))
 
 
 def select(

@@ -18,6 +18,7 @@ from fits.checks import flag
 from fits.errors import FitError
 from fits.estimate import fit_table
 from fits.laws import EXPONENT_BOUNDS, Law, get_law
+from fits.printed import Printed
 from fits.solve import solve
 from fits.table import clean
 
@@ -86,7 +87,7 @@ class _SharedLaw(Law):
 
 
 @dataclasses.dataclass
-class SharedFit:
+class SharedFit(Printed):
     """A shared surface with compute multipliers, beside the separate fits.
 
     Attributes:
@@ -126,11 +127,6 @@ class SharedFit:
             F, p, (one, two) = self.f_test["F"], self.f_test["p"], self.f_test["df"]
             lines.append(f"Separate surfaces against one: F({one}, {two}) = {F:.3g}, p = {p:.2g}")
         return "\n".join(lines)
-
-    def __rich__(self):
-        from rich.text import Text
-
-        return Text(str(self))
 
 
 def shared_fit(

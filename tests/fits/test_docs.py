@@ -21,3 +21,5 @@ def test_the_page_runs(tmp_path, monkeypatch):
     assert names["plan"].runs == 9
     for result in ("fit", "profile", "run", "answer", "teach", "forecast", "plan"):
         assert len(str(names[result])) > 40, result
+    for result in ("profile", "run", "answer", "teach", "forecast", "plan"):
+        assert "<" in names[result]._repr_html_(), result
