@@ -26,6 +26,7 @@ REACH = 12 * math.log(10.0)  # a speed-up is sought from 1e-12 to 1e12; beyond i
 SEARCHED_REACH = 4 * math.log(10.0)  # 1e-4 to 1e4, where the frontier has no closed form and is dear
 STEPS = 60  # halvings of that range: to below 1e-15 in log budget
 FRONTIER_POINTS = 49  # of a frontier found by search, spline-interpolated between
+ROUNDING = 1e-7  # in loss: frontiers closer than this are the same, as far as a search can tell
 SCAN = 241  # budgets scanned for a change of sign before it is bisected
 FAR, VERY_FAR = 10.0, 100.0
 LEVELS = {"80": (0.10, 0.90), "95": (0.025, 0.975)}
@@ -249,6 +250,8 @@ def _crossover(a: _Frontier, b: _Frontier, search, names, tops) -> dict:
     """All crossings of the point estimates; of each draw the first one in range."""
     grid = np.linspace(math.log(search[0]), math.log(search[1]), SCAN)
     gap_GxB = np.array([a.loss(np.full(a.count, c)) - b.loss(np.full(b.count, c)) for c in grid])
+    # a gap of rounding alone has no sign: two fits of one table are the same frontier
+    gap_GxB = np.where(np.abs(gap_GxB) > ROUNDING, gap_GxB, np.where(np.isnan(gap_GxB), np.nan, 0.0))
     change = (np.sign(gap_GxB[:-1]) != np.sign(gap_GxB[1:])) & (gap_GxB[:-1] != 0)
     change &= np.isfinite(gap_GxB[:-1]) & np.isfinite(gap_GxB[1:])
     first_B, count_B = change.argmax(0), change.sum(0)

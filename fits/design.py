@@ -75,7 +75,8 @@ def _choose(fit, quantity, budget_target, flops, max_flops, candidates, runs: in
     dearest = positive("max_flops", ranges["flops"][1] if max_flops is None else max_flops)
     if candidates is None:
         N = np.repeat(np.geomspace(*ranges["params"], 8), 8)
-        D = tokens_for(cost, N, np.tile(np.geomspace(dearest / 1000, dearest, 8), 8))
+        cheapest = min(ranges["flops"][0], dearest)  # smaller runs than any of the table are another regime
+        D = tokens_for(cost, N, np.tile(np.geomspace(cheapest, dearest, 8), 8))
         low, high = _ratios(fit)
         keep = (ranges["tokens"][0] / 4 <= D) & (ranges["tokens"][1] * 4 >= D)
         keep &= (low * N <= D) & (high * N >= D)
