@@ -1,5 +1,6 @@
 """Scaled dot-product attention: the public function and its argument checks."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.xla import attention as xla
 
-IMPLEMENTATIONS = {"xla": xla.dot_product_attention}
+IMPLEMENTATIONS = {"xla": dispatch.Implementation(xla.dot_product_attention)}
 
 
 def dot_product_attention(
@@ -75,20 +76,19 @@ def dot_product_attention(
         raise ValueError(f"mask has dtype {mask.dtype}; it must be bool (an additive mask goes to bias)")
     if logits_soft_cap is not None and not logits_soft_cap > 0:
         raise ValueError(f"logits_soft_cap is {logits_soft_cap!r}; it must be a positive number or None")
-    _, function = dispatch.choose("dot_product_attention", implementation, IMPLEMENTATIONS)
-    return function(
-        q,
-        k,
-        v,
-        bias=bias,
-        mask=mask,
-        scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale,
-        is_causal=is_causal,
-        window=_window(local_window_size),
-        q_segment_ids=q_segment_ids,
-        kv_segment_ids=kv_segment_ids,
-        logits_soft_cap=logits_soft_cap,
-    )
+    options = {
+        "bias": bias,
+        "mask": mask,
+        "scale": 1 / math.sqrt(q.shape[-1]) if scale is None else scale,
+        "is_causal": is_causal,
+        "window": _window(local_window_size),
+        "q_segment_ids": q_segment_ids,
+        "kv_segment_ids": kv_segment_ids,
+        "logits_soft_cap": logits_soft_cap,
+    }
+    choice = dispatch.choose("dot_product_attention", implementation, IMPLEMENTATIONS, q, k, v, **options)
+    functions = {name: functools.partial(x.forward, **options) for name, x in IMPLEMENTATIONS.items()}
+    return dispatch.run(choice, functions, q, k, v)
 
 
 def _check_qkv(q, k, v):

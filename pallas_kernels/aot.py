@@ -1,0 +1,84 @@
+"""Compiling for a TPU or GPU that is not here: real compilers, no device.
+
+TPU needs ``libtpu`` (the extra ``tpu``), GPU the CUDA plugin of JAX and ptxas (the extra ``cuda``); both
+run on a CPU machine. Set ``JAX_PLATFORMS=cpu`` so that JAX does not look for the device itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import dispatch
+
+# The smallest slice of each generation that can be described.
+TPU_SLICES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+}
+
+
+@functools.cache
+def tpu_topology(name: str):
+    """Topology of a TPU slice such as ``v5e:2x2``, or of the smallest one of a generation.
+
+    Raises:
+      RuntimeError: libtpu is not installed.
+      ValueError: no such slice.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server to ask off Google Cloud
+    name = TPU_SLICES.get(name, name)
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except RuntimeError as e:
+        if "not installed" in str(e):
+            raise RuntimeError("libtpu is not installed; pip install 'scaling[tpu]' brings it") from e
+        raise ValueError(f"TPU slice {name!r} is not known; generations: {', '.join(TPU_SLICES)}") from e
+
+
+def compile_tpu(function: Callable, *shapes, generation: str = "v5e"):
+    """``jax.jit(function)`` compiled for one chip of a TPU generation.
+
+    Args:
+      function: of positional arrays; kernels in it with ``implementation=None`` are the TPU's.
+      *shapes: arrays or ``jax.ShapeDtypeStruct``, pytrees allowed.
+      generation: v4, v5e, v5p, v6e or tpu7x.
+
+    Returns:
+      ``jax.stages.Compiled``: ``memory_analysis()`` and ``as_text()`` are to be relied upon;
+      ``cost_analysis()`` is not, inside custom calls and loops.
+    """
+    with dispatch.target("tpu", generation):
+        return _compile(function, shapes, tpu_topology(generation).devices[0], "tpu")
+
+
+@functools.cache
+def gpu_topology(target_config: str):
+    """Topology of one GPU described by a text proto of XLA's ``GpuTargetConfigProto``."""
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=target_config, topology="1x1x1"
+    )
+
+
+def compile_gpu(function: Callable, *shapes, target_config: str):
+    """``jax.jit(function)`` compiled for the GPU that ``target_config`` describes; see ``compile_tpu``."""
+    with dispatch.target("cuda"):
+        return _compile(function, shapes, gpu_topology(target_config).devices[0], "cuda")
+
+
+def _compile(function, shapes, device, platform):
+    def place(x):
+        mesh = Mesh([device], ("device",))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
+
+    placed = jax.tree.map(place, shapes)
+    return jax.jit(function).trace(*placed).lower(lowering_platforms=(platform,)).compile()
