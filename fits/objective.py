@@ -7,8 +7,6 @@ only in their row weights: arrays are named p_BxK (solver coordinates) and weigh
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,99 +15,10 @@ import numpy as np
 
 from fits.errors import FitError
 from fits.laws import Law, PowerSum
+from fits.rowloss import ASYMMETRIC, LOSSES, NARROWED, Evaluation, RowLoss
+from fits.traced import LawLane, PowersLane, coordinates, evaluate
 
-LOSSES = ("huber", "lad", "least_squares", "quantile", "expectile")
-ASYMMETRIC = ("quantile", "expectile")  # the losses that take tau
-NARROWED = ("lad", "quantile")  # those solved as Huber losses of vanishing width
 SPACES = ("log", "raw")
-
-
-@dataclasses.dataclass(frozen=True)
-class RowLoss:
-    """A loss of one residual. ``huber``: r^2/2 up to ``delta``, then delta(|r| - delta/2) (absolute units).
-
-    ``lad`` (|r|) is solved as huber/delta while delta shrinks; ``delta`` is then the current width.
-    ``least_squares``: r^2/2. With s = ``tau`` where the observed loss lies above the predicted one (r < 0)
-    and 1 - tau where it lies below, ``quantile`` is s |r| (Koenker and Bassett 1978; half of lad at tau
-    1/2; narrowed like lad) and ``expectile`` is s r^2 (Newey and Powell 1987; least squares at tau 1/2).
-    """
-
-    name: str
-    delta: float
-    tau: float = 0.5
-
-    def value(self, r, xp=np):
-        if self.name == "least_squares":
-            return 0.5 * r * r
-        if self.name == "expectile":
-            return self._side(r, xp) * r * r
-        inside = xp.minimum(xp.abs(r), self.delta)
-        huber = inside * (xp.abs(r) - 0.5 * inside)
-        if self.name == "quantile":
-            return self._side(r, xp) * huber / self.delta
-        return huber / self.delta if self.name == "lad" else huber
-
-    def exact(self, r):
-        """The loss that the narrowing widths of lad and quantile lead to; every other loss as it is."""
-        if self.name == "quantile":
-            return self._side(r, np) * np.abs(r)
-        return np.abs(r) if self.name == "lad" else self.value(r)
-
-    def _side(self, r, xp):
-        return xp.where(r > 0, 1.0 - self.tau, self.tau)
-
-    def derivatives(self, r, xp=np):
-        """First derivative, second derivative, and the weight s of the quadratic s r^2/2 that majorises."""
-        if self.name == "least_squares":
-            one = xp.ones_like(r)
-            return r, one, one
-        if self.name == "expectile":
-            side = 2.0 * self._side(r, xp)
-            return side * r, side, xp.full_like(r, 2.0) * xp.maximum(self.tau, 1.0 - self.tau)
-        if self.name == "quantile":
-            # a parabola through r that stays above both branches needs a curvature of 1/|r| at most
-            side, size = self._side(r, xp) / self.delta, xp.abs(r)
-            first = side * xp.clip(r, -self.delta, self.delta)
-            return first, xp.where(size <= self.delta, side, 0.0), 1.0 / xp.maximum(size, self.delta)
-        scale = 1.0 / self.delta if self.name == "lad" else 1.0
-        size = xp.abs(r)
-        first = xp.clip(r, -self.delta, self.delta) * scale
-        second = xp.where(size <= self.delta, scale, 0.0)
-        return first, second, xp.minimum(1.0, self.delta / xp.maximum(size, 1e-300)) * scale
-
-
-@dataclasses.dataclass
-class Evaluation:
-    """Objective, gradient, Hessian and the positive majoriser of the Hessian, one per lane."""
-
-    value_B: np.ndarray
-    gradient_BxK: np.ndarray
-    hessian_BxKxK: np.ndarray
-    majoriser_BxKxK: np.ndarray
-
-    def take(self, lanes: np.ndarray) -> Evaluation:
-        return Evaluation(
-            self.value_B[lanes],
-            self.gradient_BxK[lanes],
-            self.hessian_BxKxK[lanes],
-            self.majoriser_BxKxK[lanes],
-        )
-
-    def where(self, keep_B: np.ndarray, other: Evaluation) -> Evaluation:
-        """This evaluation in the lanes to keep, the other one's elsewhere."""
-        if keep_B.all():
-            return self
-        lanes, keep_Bx1x1 = keep_B[:, None], keep_B[:, None, None]
-        return Evaluation(
-            np.where(keep_B, self.value_B, other.value_B),
-            np.where(lanes, self.gradient_BxK, other.gradient_BxK),
-            np.where(keep_Bx1x1, self.hessian_BxKxK, other.hessian_BxKxK),
-            np.where(keep_Bx1x1, self.majoriser_BxKxK, other.majoriser_BxKxK),
-        )
-
-    def put(self, lanes: np.ndarray, other: Evaluation) -> None:
-        for field in dataclasses.fields(self):
-            getattr(self, field.name)[lanes] = getattr(other, field.name)
 
 
 class Problem:
@@ -149,6 +58,10 @@ class Problem:
         raise NotImplementedError
 
     def evaluate(self, p_BxK, weights_BxR, row_loss: RowLoss) -> Evaluation:
+        raise NotImplementedError
+
+    def traced(self, rows: np.ndarray):
+        """The lane function of ``traced``, and its data in the order of ``rows``."""
         raise NotImplementedError
 
     def residuals(self, p_BxK: np.ndarray) -> np.ndarray:
@@ -252,6 +165,15 @@ class PowerSumProblem(Problem):
                 p[:, i] = p[:, i] * np.exp(-p[:, at] * mean)
         return p
 
+    def traced(self, rows):
+        """See ``Problem.traced``."""
+        terms, exponents = len(self.law.terms), len(self.exponents)
+        logs = np.zeros((terms, exponents, len(rows)))
+        for i, z in enumerate(self.z_term_exp_R):
+            for at, z_R in z.items():
+                logs[i, at - terms] = z_R[rows]
+        return PowersLane(), logs
+
     def _terms(self, p_BxK):
         """Each term over its coordinate, arrays [B, R] (or None for the constant term)."""
         out = []
@@ -330,7 +252,7 @@ class AutodiffProblem(Problem):
             self._bound(name)
         # coordinates of a law's own may mix parameters; to pin or bound one, each needs a coordinate
         self._plain = bool(self.fixed or bounds)
-        self._to_solver, self._from_solver = _coordinates(law, self._plain)
+        self._to_solver, self._from_solver = coordinates(law, self._plain)
         for name, value in self.fixed.items():
             at = law.parameters.index(name)
             self.lower_K[at] = self.upper_K[at] = _log(value) if law._positive(name) else value
@@ -357,66 +279,18 @@ class AutodiffProblem(Problem):
         p = self._to_solver(dict(zip(self.law.parameters, arrays, strict=True)), self.centre)
         return np.stack([np.asarray(v, float) for v in p], 1)
 
-    def evaluate(self, p_BxK, weights_BxR, row_loss):
-        import jax
+    def traced(self, rows):
+        """See ``Problem.traced``."""
+        log_x = {v: z[rows] for v, z in self.log_x.items()}
+        return LawLane(self.law, self._plain), (log_x, self.centre)
 
-        B, R = len(p_BxK), len(self.y_R)
-        lanes = np.minimum(np.arange(_padded(B, 8)), B - 1)  # few distinct shapes, so few compilations
-        rows = np.minimum(np.arange(_padded(R, 64)), R - 1)
-        weights = np.where(np.arange(len(rows)) < R, np.asarray(weights_BxR, float)[lanes][:, rows], 0.0)
-        compiled = _compiled(self.law, self.space, self._plain, row_loss.name)
-        with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-            out = compiled(
-                p_BxK[lanes], weights, {v: z[rows] for v, z in self.log_x.items()}, self.target_R[rows],
-                self.centre, float(row_loss.delta), float(row_loss.tau),
-            )  # fmt: skip
-            value, gradient, hessian, majoriser = (np.array(a, np.float64)[:B] for a in out)
-        good = np.isfinite(value) & np.isfinite(gradient).all(1) & np.isfinite(hessian).all((1, 2))
-        return Evaluation(np.where(good, value, np.inf), gradient, hessian, majoriser)
+    def evaluate(self, p_BxK, weights_BxR, row_loss):
+        return evaluate(self, p_BxK, weights_BxR, row_loss)
 
 
 def _log(value: float) -> float:
     """A finite stand-in for log 0, whose exponential is 0."""
     return math.log(value) if value > 0 else -1000.0
-
-
-def _padded(n: int, least: int) -> int:
-    return max(least, 1 << (n - 1).bit_length())
-
-
-def _coordinates(law: Law, plain: bool):
-    """``to_solver`` and ``from_solver``: the law's own, or plain ones with one parameter in each."""
-    if plain:
-        return functools.partial(Law.to_solver, law), functools.partial(Law.from_solver, law)
-    return law.to_solver, law.from_solver
-
-
-@functools.lru_cache(maxsize=64)
-def _compiled(law: Law, space: str, plain: bool, loss: str):
-    """Value, gradient, Hessian and majoriser of many lanes, jitted; shared by every table of that law."""
-    import jax
-    import jax.numpy as jnp
-
-    from_solver = _coordinates(law, plain)[1]
-
-    def one_lane(p_K, weights_R, log_x, target_R, centre, delta, tau):
-        row_loss = RowLoss(loss, delta, tau)
-
-        def fitted(q_K):
-            params = from_solver(list(q_K), centre, jnp)
-            predicted = law.predict(params, {v: jnp.exp(z) for v, z in log_x.items()}, jnp)
-            predicted = jnp.broadcast_to(predicted, target_R.shape)
-            return jnp.log(predicted) if space == "log" else predicted
-
-        J_RxK = jax.jacfwd(fitted)(p_K)
-        residual = fitted(p_K) - target_R
-        first, second, robust = (weights_R * d for d in row_loss.derivatives(residual, jnp))
-        curvature = jax.hessian(lambda q_K: first @ fitted(q_K))(p_K)
-        value = (weights_R * row_loss.value(residual, jnp)).sum()
-        hessian = (J_RxK * second[:, None]).T @ J_RxK + curvature
-        return value, first @ J_RxK, hessian, (J_RxK * robust[:, None]).T @ J_RxK
-
-    return jax.jit(jax.vmap(one_lane, in_axes=(0, 0, None, None, None, None, None)))
 
 
 def make_problem(law: Law, x, y, space: str = "log", fixed=None, bounds=None) -> Problem:
@@ -425,3 +299,17 @@ def make_problem(law: Law, x, y, space: str = "log", fixed=None, bounds=None) ->
         raise FitError(f"space is {space!r}; it must be one of {', '.join(SPACES)}")
     kind = PowerSumProblem if isinstance(law, PowerSum) else AutodiffProblem
     return kind(law, x, y, space, fixed, bounds)
+
+
+__all__ = [
+    "ASYMMETRIC",
+    "LOSSES",
+    "NARROWED",
+    "SPACES",
+    "AutodiffProblem",
+    "Evaluation",
+    "PowerSumProblem",
+    "Problem",
+    "RowLoss",
+    "make_problem",
+]
