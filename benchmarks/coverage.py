@@ -4,7 +4,7 @@ Each data set is a Chinchilla law on a grid of budgets by sizes, with log-normal
 in most studies, a common error of each size (0.004). The quantities: the exponent a; log N* and the log
 loss of the true optimum, at the top of the grid and at ten times its budget. The intervals: percentiles of
 the pairs bootstrap; the same widened about the estimate by Student's t of (clusters - 1) over the normal
-quantile; and ``fits.few_clusters`` (least squares only).
+quantile; and what a ``Fit`` prints, the interval of ``fits.few_clusters``.
 
     python benchmarks/coverage.py [--sets 120] [--resamples 200] [--json FILE]
 """
@@ -27,9 +27,10 @@ from scipy import stats  # noqa: E402
 
 from fits import uncertainty  # noqa: E402
 from fits.allocate import optimum  # noqa: E402
-from fits.few_clusters import few_cluster_interval  # noqa: E402
+from fits.few_clusters import FewClusters  # noqa: E402
 from fits.laws import get_law  # noqa: E402
 from fits.laws.base import balance  # noqa: E402
+from fits.rowloss import RowLoss  # noqa: E402
 from fits.solve import solve  # noqa: E402
 
 LAW = get_law("chinchilla")
@@ -94,6 +95,7 @@ def study(sizes, per_budget, effect, loss, cluster, sets: int, resamples: int, s
         weights = uncertainty.resample_weights(ids, resamples, "pairs", s)
         p_BxK, kept = uncertainty.refit(problem, point.p_K, weights, loss, DELTA)
         draws = problem.to_params(p_BxK[kept])
+        few = FewClusters(problem, point.p_K, ids, RowLoss(loss, DELTA))
         for name, quantity in quantities.items():
             middle = float(quantity(point.params)[0])
             estimates[name].append(middle)
@@ -102,8 +104,7 @@ def study(sizes, per_budget, effect, loss, cluster, sets: int, resamples: int, s
                 "percentile": (low, high),
                 "widened by t": (middle + widen * (low - middle), middle + widen * (high - middle)),
             }
-            if loss == "least_squares":
-                ends["few clusters"] = few_cluster_interval(problem, point.p_K, ids, quantity)["95"]
+            ends["printed"] = few.interval(quantity)["95"]
             for method, (low, high) in ends.items():
                 got = found.setdefault(method, {}).setdefault(name, [])
                 got.append((bool(low <= truth[name] <= high), high - low))

@@ -14,13 +14,13 @@ from fits.constraints import AtUnique, Limits, limited_optimum, marginal_values,
 from fits.errors import FitError
 from fits.laws import Law
 from fits.printed import Printed
-from fits.uncertainty import interval
 
 if TYPE_CHECKING:
     from fits.fit import Fit
 
 Flops = Callable[[np.ndarray, np.ndarray], np.ndarray]
 BISECTIONS = 100  # halves a range of 100 in log D to below float64's spacing
+SEARCH_STEP = 1e-3  # of slopes of a searched optimum, which is exact to about 1e-6
 REACH = 70.0  # log range searched: from the largest N, below 1e28, down to less than one parameter
 
 
@@ -312,7 +312,7 @@ def allocate(
         flags.append({"code": "far_extrapolation", "text": text})
     return Allocation(
         budget, point["N"], point["D"], point["loss"], point["tokens_per_param"],
-        {k: interval(draws[k], v) for k, v in point.items()},
+        _intervals(fit, law, point, draws, budget, flops, bounds),
         near_optimal(law, fit.params, budget, point, within, cost),
         extrapolation, "C = 6 N D" if flops is None else getattr(flops, "label", "the given FLOP function"),
         f"{fit.law.name}: {fit.law.formula}", made, built, flags, given,
@@ -320,6 +320,21 @@ def allocate(
         _policy(law, fit.params, budget, cost, policy, point["loss"], bounds),
         _regret(law, fit, point, draws["loss"]),
     )  # fmt: skip
+
+
+def _intervals(fit: Fit, law, point, draws, budget: float, flops, bounds: Limits) -> dict[str, dict]:
+    """Intervals of N, D, loss and D/N at the optimum; of the draws alone where limits put kinks in them."""
+    closed = flops is None and law.optimum(fit.params, budget) is not None
+    out = {}
+    for name, value in point.items():
+
+        def quantity(params, name=name):
+            best = limited_optimum(law, params, budget, flops, bounds)
+            return best["D"] / best["N"] if name == "tokens_per_param" else best[name]
+
+        smooth = None if bounds.any() else quantity
+        out[name] = fit.interval_of(draws[name], value, smooth, step=None if closed else SEARCH_STEP)
+    return out
 
 
 def _compute_words(extra: float | None) -> str:

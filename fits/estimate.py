@@ -13,7 +13,7 @@ from fits import checks, uncertainty
 from fits.fit import Fit
 from fits.laws import COLUMN_OF, Law, get_law
 from fits.noise import noise_flags, seed_noise
-from fits.objective import ASYMMETRIC, PowerSumProblem, Problem
+from fits.objective import ASYMMETRIC, PowerSumProblem, Problem, RowLoss
 from fits.rowweights import row_column
 from fits.solve import PointFit, solve
 from fits.table import Table, clean, find_budgets, group_close
@@ -95,8 +95,10 @@ def fit_table(
             problem, point.p_K, resamples_BxR * point.weights_R, loss, point.delta, tau
         )
     kept = problem.to_params(p_BxK[converged])
-    quantities = {**point.params, **law.compute_exponents(point.params)}
-    intervals = uncertainty.summarise(quantities, {**kept, **law.compute_exponents(kept)})
+    few = uncertainty.few_clusters(
+        problem, point.p_K, ids, RowLoss(loss, point.delta or 1.0, tau), point.weights_R, point.status
+    )
+    intervals = uncertainty.summarise_fit(law, point.params, kept, few, problem.bounds)
     draws = np.stack([kept[k] for k in law.parameters], 1)
     residual = problem.residuals(point.p_K[None])[0]
     dependence = _dependence(rows, residual, ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -65,9 +66,40 @@ class Fit:
         """Draws by name, arrays [draws]."""
         return dict(zip(self.law.parameters, self.draws.T, strict=True))
 
-    def interval_of(self, draws: np.ndarray, estimate: float) -> dict:
-        """Standard deviation, 80 % and 95 % interval of any quantity computed per draw."""
-        return uncertainty.interval(draws, estimate)
+    def interval_of(
+        self, draws: np.ndarray, estimate: float, quantity: Callable | None = None, log: bool = True,
+        step: float | None = None,
+    ) -> dict:  # fmt: skip
+        """Standard deviation, 80 % and 95 % interval of any quantity.
+
+        Args:
+          draws: its value in each draw, [draws]; without draws there are no intervals.
+          quantity: it as a function of the law's parameters, arrays [B] to [B]. With it the ends are those of
+            ``few_clusters`` where that holds, and percentiles of the draws else.
+          log: whether its log, rather than itself, is about linear in the parameters.
+          step: relative step of its slopes; a wide one, 1e-3, where it comes from a search.
+
+        Returns:
+          {"estimate", "sd", "80", "95", "method"}; ``sd`` is that of the draws; and, where the method is
+          "few clusters", "percentile": {"80", "95"} of the draws.
+        """
+        return uncertainty.with_few_clusters(
+            uncertainty.interval(draws, estimate), self.few_clusters, quantity, log, step=step
+        )
+
+    @functools.cached_property
+    def few_clusters(self):
+        """``FewClusters`` of this fit, rebuilt from its rows; None where it does not apply."""
+        from fits.profile import rebuild
+
+        try:
+            problem, weights_R, row_loss = rebuild(self)
+            ids = np.array([r["cluster"] for r in self.rows if r["outcome"] == "used"]).T
+            return uncertainty.few_clusters(
+                problem, problem.from_params(self.params)[0], ids, row_loss, weights_R, self.status
+            )
+        except (FitError, KeyError):
+            return None
 
     def optimum(self, budget: Any, flops: Callable | None = None) -> dict[str, np.ndarray]:
         """N*, D* and loss of the point estimate at each budget, arrays [C]."""
@@ -117,6 +149,10 @@ class Fit:
             lines.append(
                 f"{len(self.draws)} of {m['bootstraps']} resamples ({m['scheme']}) "
                 f"of {d['clusters']} clusters by {m['cluster']}"
+            )
+        if any(got.get("method") == "few clusters" for got in self.intervals.values()):
+            lines.append(
+                "80 and 95 %: Student's t for few clusters (Bell and McCaffrey 2002); sd: of the resamples"
             )
         if "effective_rows" in d:
             lines.append(f"worth about {d['effective_rows']:.0f} independent rows of {d['rows_used']}")

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from fits.errors import FitError
-from fits.few_clusters import few_cluster_interval, row_slopes
+from fits.few_clusters import row_slopes
 from fits.fit import Fit
 from fits.laws import COLUMN_OF
 from fits.printed import Printed
@@ -54,8 +54,7 @@ def predict_run(fit: Fit, *, seed: int = 0, **columns: float) -> Prediction:
     the parameters that were fitted to them and for how well so few tell the noise. A residual has its
     size's error as well as its own, so this holds for a run of a new size; for one of the grid's sizes it
     is somewhat wide. The surface's error is
-    Student's t of ``few_cluster_interval`` where the fit is unweighted least squares on log loss, by one
-    kind of cluster; else the fit's draws.
+    Student's t of the fit's ``few_clusters`` where that applies; else the fit's draws.
 
     Args:
       columns: params=, tokens= (and what else the law reads), a number each.
@@ -76,7 +75,7 @@ def predict_run(fit: Fit, *, seed: int = 0, **columns: float) -> Prediction:
         raise FitError(f"the fit is {fit.status}, so it predicts nothing: {'; '.join(fit.reasons)}")
     at = {k: float(columns[k]) for k in names}
     estimate = float(np.squeeze(fit.predict(**at)))
-    problem, weights_R, row_loss = rebuild(fit)
+    problem = rebuild(fit)[0]
     p_K = problem.from_params(fit.params)[0]
     used = [r for r in fit.rows if r["outcome"] == "used"]
     residual_R, kinds = np.array([r["residual"] for r in used]), [r["cluster"] for r in used]
@@ -88,12 +87,11 @@ def predict_run(fit: Fit, *, seed: int = 0, **columns: float) -> Prediction:
         raise FitError("the fit has no degree of freedom left, so a run's noise is unknown")
     off_R = (residual_R - residual_R.mean()) / np.sqrt(left)
     rng = np.random.default_rng(seed)
-    plain = row_loss.name == "least_squares" and fit.method["space"] == "log" and ways.ndim == 1
     point = {v: at[COLUMN_OF[v]] for v in fit.law.variables}
     try:
-        if not plain or np.ptp(weights_R) > 0:
+        if fit.few_clusters is None:
             raise FitError("")
-        got = few_cluster_interval(problem, p_K, cluster_R, lambda p: np.log(fit.law.predict(p, point)))
+        got = fit.few_clusters.interval(lambda p: np.log(fit.law.predict(p, point)))
         surface = got["sd"] * rng.standard_t(got["freedom"], RESAMPLES)
     except FitError as error:
         if len(fit.draws) < LEAST_DRAWS:

@@ -6,17 +6,19 @@ residuals are correlated and resampling them one by one gives intervals that are
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fits.errors import FitError
+from fits.laws import Law, PowerSum
 from fits.objective import NARROWED, PowerSumProblem, Problem
 from fits.solve import exponent_grid, minimise, profile
 from fits.table import Table, find_budgets, group_close
 
 SCHEMES = ("pairs", "bayesian")
+FEW = 60  # clusters: with more, percentiles of whole clusters hold the truth as often as they say
 LEVELS = {"80": (0.10, 0.90), "95": (0.025, 0.975)}
 CHUNK = 256  # lanes refitted together: their working arrays stay in a core's cache
 
@@ -203,6 +205,79 @@ def intraclass(residual_R: np.ndarray, cluster_R: np.ndarray) -> dict[str, Any]:
     return {"icc": icc, "effective_rows": float(n / (1 + (met - 1) * icc)), "clusters": groups}
 
 
+def few_clusters(problem: Problem, p_K, cluster_R, row_loss, weights_R, status: str):
+    """``FewClusters`` of a fit, or None where percentiles of its draws serve better.
+
+    That is with more than ``FEW`` clusters, which a bootstrap knows well, at a bound, and where
+    ``FewClusters`` refuses.
+    """
+    from fits.few_clusters import FewClusters
+
+    if status != "converged" or np.ndim(cluster_R) != 1 or len(np.unique(cluster_R)) > FEW:
+        return None
+    try:
+        return FewClusters(problem, p_K, cluster_R, row_loss, weights_R)
+    except FitError:
+        return None
+
+
+def with_few_clusters(
+    got: dict, few, quantity: Callable | None, log: bool, bounds=None, step: float | None = None
+) -> dict:
+    """``interval``'s result with the ends of the few-cluster interval; percentiles stay where it fails.
+
+    Args:
+      few: ``FewClusters`` or None. quantity, log, step: see ``Fit.interval_of``. bounds: (low, high) of one
+        that is not taken by its log.
+    """
+    out = {**got, "method": "percentile"}
+    if few is None or quantity is None or got["95"] is None or (log and not got["estimate"] > 0):
+        return out
+
+    def measured(params):
+        values = np.asarray(quantity(params), float)
+        return np.log(values) if log else values
+
+    try:
+        with np.errstate(all="ignore"):
+            found = few.interval(measured, step)
+    except FitError:
+        return out
+    low, high = bounds or (-np.inf, np.inf)
+    back = np.exp if log else lambda v: np.clip(v, low, high)
+    with np.errstate(over="ignore"):  # an end may lie beyond every float
+        ends = {level: [float(v) for v in back(np.array(found[level]))] for level in LEVELS}
+    percentile = {level: got[level] for level in LEVELS}
+    return out | ends | {"method": "few clusters", "freedom": found["freedom"], "percentile": percentile}
+
+
 def summarise(params: Mapping[str, float], draws: Mapping[str, np.ndarray]) -> dict[str, dict]:
     """``interval`` of every quantity in ``params``."""
     return {k: interval(draws.get(k, np.empty(0)), v) for k, v in params.items()}
+
+
+def summarise_fit(
+    law: Law, params: Mapping[str, float], draws: Mapping[str, np.ndarray], few, bounds: Mapping[str, tuple]
+) -> dict[str, dict]:
+    """Intervals of every parameter, and of the exponents a and b where the law has them.
+
+    Args:
+      draws: of the parameters, arrays [draws]. few: ``FewClusters`` or None. bounds: of the parameters.
+    """
+    out = {}
+    for name, value in params.items():
+        got = interval(draws.get(name, np.empty(0)), value)
+        log = _acts_by_its_log(law, name)
+        out[name] = with_few_clusters(got, few, lambda p, n=name: p[n], log, bounds.get(name))
+    exponent_draws = law.compute_exponents(draws)
+    for name, value in law.compute_exponents(params).items():
+        got = interval(exponent_draws.get(name, np.empty(0)), value)
+        out[name] = with_few_clusters(got, few, lambda p, n=name: law.compute_exponents(p)[n], False)
+    return out
+
+
+def _acts_by_its_log(law: Law, name: str) -> bool:
+    """Whether a parameter's log, rather than itself, is about linear in the rows."""
+    if isinstance(law, PowerSum):
+        return any(t.coefficient == name and t.powers for t in law.terms)
+    return name != "E" and law._positive(name)

@@ -67,12 +67,13 @@ def test_rows_carry_fitted_and_residual():
     np.testing.assert_allclose(draws[7], planted_loss(table["params"], table["tokens"], one), rtol=1e-12)
 
 
-def test_intervals_are_of_the_draws():
+def test_percentiles_are_of_the_draws():
     fit = fits.fit_table(planted_table(noise=3e-3), bootstraps=200, sensitivity=False)
     for i, name in enumerate(fit.law.parameters):
-        np.testing.assert_allclose(fit.intervals[name]["95"], np.quantile(fit.draws[:, i], [0.025, 0.975]))
+        got = fit.intervals[name]["percentile"]["95"]
+        np.testing.assert_allclose(got, np.quantile(fit.draws[:, i], [0.025, 0.975]))
     a = fit.draws[:, 4] / (fit.draws[:, 3] + fit.draws[:, 4])
-    np.testing.assert_allclose(fit.intervals["a"]["80"], np.quantile(a, [0.1, 0.9]))
+    np.testing.assert_allclose(fit.intervals["a"]["percentile"]["80"], np.quantile(a, [0.1, 0.9]))
     np.testing.assert_allclose(np.array(fit.covariance), np.cov(fit.draws.T))
 
 

@@ -1,16 +1,25 @@
 """The interval for few clusters: exact where theory is exact, its errors, and its coverage in small."""
 
+import json
+
 import numpy as np
 import pytest
 from fits_tables import planted_table
 from scipy import stats
 
+import fits
 from fits.errors import FitError
 from fits.few_clusters import few_cluster_interval
 from fits.laws import get_law
+from fits.profile import rebuild
+from fits.rowloss import RowLoss
 from fits.solve import solve
 
 LAW = get_law("chinchilla")
+
+
+def alpha(params):
+    return params["alpha"]
 
 
 def fit(table, **options):
@@ -81,3 +90,73 @@ def test_refuses():
     at_bound = np.array([0.0, *point.p_K[1:]])
     with pytest.raises(FitError, match="at a bound"):
         few_cluster_interval(problem, at_bound, np.arange(42), lambda p: p["alpha"])
+
+
+def test_robust_losses_by_pseudo_residuals():
+    """One mean fitted by lad to normal rows: its standard error is sqrt(pi/2) that of the mean."""
+    table = planted_table(noise=2e-3, seed=2)
+    rows = 400
+    rng = np.random.default_rng(0)
+    table = {k: np.resize(np.asarray(v), rows) for k, v in table.items()}
+    fixed = {"A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
+    clean = LAW.predict({**fixed, "E": 1.69}, {"N": table["params"], "D": table["tokens"]})
+    table["loss"] = clean + 2e-3 * rng.standard_normal(rows)
+    problem, point = fit(table, space="raw", loss="lad", fixed=fixed)
+    ids = np.arange(rows) % 50
+    got = few_cluster_interval(problem, point.p_K, ids, lambda p: p["E"], RowLoss("lad", 1e-10))
+    # 50 clusters tell a standard deviation to 10 %, 400 rows the density at zero to 7 %
+    assert got["sd"] == pytest.approx(np.sqrt(np.pi / 2) * 2e-3 / np.sqrt(rows), rel=0.3)
+
+
+def test_outliers_do_not_widen_a_robust_fit_as_they_do_least_squares():
+    table = planted_table(noise=1e-3, seed=3)
+    problem, point = fit(table, loss="huber")
+    clean = few_cluster_interval(problem, point.p_K, np.arange(42), alpha, RowLoss("huber", 1e-3))
+    table["loss"][[5, 20, 33]] *= [1.05, 0.96, 1.04]
+    problem, point = fit(table, loss="huber")
+    robust = few_cluster_interval(problem, point.p_K, np.arange(42), alpha, RowLoss("huber", 1e-3))
+    squares = few_cluster_interval(problem, point.p_K, np.arange(42), alpha)
+    assert robust["sd"] < 2 * clean["sd"] < squares["sd"]
+
+
+def test_a_weight_of_two_is_the_row_twice():
+    table = planted_table(noise=3e-3, seed=4)
+    weights = np.ones(42)
+    weights[7:14] = 2.0
+    problem, point = fit(table, weights=weights)
+    sizes = np.repeat(np.arange(6), 7)
+    once = few_cluster_interval(problem, point.p_K, sizes, alpha, weights_R=weights)
+    twice = {k: np.concatenate([np.asarray(v), np.asarray(v)[7:14]]) for k, v in table.items()}
+    again, same = fit(twice)
+    want = few_cluster_interval(again, same.p_K, np.append(sizes, sizes[7:14]), alpha)
+    assert once["sd"] == pytest.approx(want["sd"], rel=1e-4)
+
+
+def test_an_asymmetric_loss_is_refused():
+    problem, point = fit(planted_table(noise=2e-3))
+    with pytest.raises(FitError, match="quantile"):
+        few_cluster_interval(problem, point.p_K, np.arange(42), alpha, RowLoss("quantile", 1e-3, 0.9))
+
+
+def test_a_fit_prints_these_intervals_and_keeps_the_percentiles(tmp_path):
+    table = planted_table(noise=2e-3, size_effect=3e-3, seed=5)
+    got = fits.fit_table(table, bootstraps=200, sensitivity=False)
+    problem, weights, row_loss = rebuild(got)
+    ids = np.array([r["cluster"] for r in got.rows])
+    want = few_cluster_interval(problem, problem.from_params(got.params)[0], ids, alpha, row_loss, weights)
+    assert got.intervals["alpha"]["method"] == "few clusters"
+    np.testing.assert_allclose(got.intervals["alpha"]["95"], want["95"], rtol=1e-6)
+    draws = got.draw_params()["alpha"]
+    np.testing.assert_allclose(got.intervals["alpha"]["percentile"]["95"], np.quantile(draws, [0.025, 0.975]))
+    log_a = few_cluster_interval(
+        problem, problem.from_params(got.params)[0], ids, lambda p: np.log(p["A"]), row_loss, weights
+    )
+    np.testing.assert_allclose(np.log(got.intervals["A"]["95"]), log_a["95"], rtol=1e-6)
+    assert "few clusters" in str(got)
+    # a fit read from its file gives the same
+    again = fits.Fit.from_dict(json.loads(json.dumps(got.to_dict())))
+    one, two = (fits.allocate(f, 1e21).intervals["N"] for f in (got, again))
+    assert one["method"] == "few clusters"
+    np.testing.assert_allclose(one["95"], two["95"], rtol=1e-9)
+    capped = fits.allocate(got, 1e21, max_params=1e12).intervals["N"]
+    assert capped["method"] == "percentile"

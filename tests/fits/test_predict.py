@@ -39,8 +39,10 @@ def test_noise_is_corrected_for_the_parameters():
     assert abs(np.mean(np.square(got)) / 4e-6 - 1) < 0.09
 
 
-def test_huber_uses_the_draws_and_a_read_fit_agrees():
-    got = fit(planted_table(noise=2e-3, size_effect=3e-3), loss="huber", bootstraps=200)
+def test_many_clusters_use_the_draws_and_a_read_fit_agrees():
+    table = {k: np.tile(v, 2) for k, v in planted_table(noise=2e-3).items()}  # 84 rows, each on its own
+    table["loss"] = table["loss"] * np.exp(1e-3 * np.random.default_rng(1).standard_normal(84))
+    got = fit(table, loss="huber", cluster="row", bootstraps=200)
     one = got.prediction(**NEW)
     again = predict_run(fits.Fit.from_dict(json.loads(json.dumps(got.to_dict()))), **NEW)
     assert one.to_dict() == again.to_dict()
@@ -48,7 +50,12 @@ def test_huber_uses_the_draws_and_a_read_fit_agrees():
     # resampled 20,000 times: the ends move by a small part of the width
     np.testing.assert_allclose(one.surface["80"], np.quantile(draws, [0.1, 0.9]), rtol=2e-4)
     assert one.run["95"][0] < one.surface["95"][0] < one.estimate < one.surface["95"][1] < one.run["95"][1]
-    assert "too seldom" in str(one).splitlines()[0]
+
+
+def test_the_draws_of_few_clusters_are_doubted():
+    got = fit(planted_table(noise=2e-3, size_effect=3e-3), loss="expectile", tau=0.5, bootstraps=200)
+    assert got.few_clusters is None
+    assert "too seldom" in str(got.prediction(**NEW)).splitlines()[0]
 
 
 def test_doubts_and_refusals():
@@ -64,4 +71,4 @@ def test_doubts_and_refusals():
         with pytest.raises(FitError, match=words):
             predict_run(got, **columns)
     with pytest.raises(FitError, match="refit it with bootstraps"):
-        predict_run(fit(planted_table(noise=2e-3), loss="huber"), **NEW)
+        predict_run(fit(planted_table(noise=2e-3), loss="expectile"), **NEW)
