@@ -4,7 +4,7 @@ PYTHON_VERSION ?=
 BIN := $(VENV)/bin
 STUDY ?= studies/quickstart
 
-.PHONY: quickstart test test-fast test-oldest oracles lint format clean venv
+.PHONY: quickstart test test-fast test-oldest aot aot-gpu oracles lint format clean venv
 
 venv:
 	@python3 tools/venv.py $(VENV) $(if $(PYTHON_VERSION),--python $(PYTHON_VERSION))
@@ -25,6 +25,14 @@ test-fast: venv  ## the tests that take seconds
 test-oldest:  ## the fast tests on the oldest supported pair, Python 3.11 with jax 0.10.2
 	@python3 tools/venv.py .venv-oldest --python 3.11
 	@.venv-oldest/bin/python -m pytest -m "not slow"
+
+aot:  ## compile every kernel with the real TPU compiler, for chips that are not here
+	@python3 tools/venv.py .venv-aot --extras dev,tpu
+	@JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest tests -m aot
+
+aot-gpu:  ## compile the GPU kernels for an H100 that is not here: no spills
+	@python3 tools/venv.py .venv-aot-gpu --extras dev,aot-gpu
+	@JAX_PLATFORMS=cpu .venv-aot-gpu/bin/python -m pytest tests -m aot_gpu
 
 oracles:  ## compare with torch and transformers, in an environment of its own
 	@python3 tools/venv.py .venv-oracles --python 3.11 --extras dev,oracles
