@@ -152,7 +152,7 @@ def compare(
     sets = [_parameter_sets(fit_a, fit_b, seed, side) for side in (0, 1)]
     a = _Frontier(fit_a.law, sets[0], flops_a, low - reach, high + reach)
     b = _Frontier(fit_b.law, sets[1], flops_b, low, high)
-    flags = _flags(names, (fit_a, fit_b), budgets, tops)
+    flags = comparison_flags(names, (fit_a, fit_b), budgets, tops)
     speedups = [_speedup(a, b, float(c), reach, names, tops) for c in budgets]
     draws = a.count - 1
     method = f"{draws} independent pairs of draws of the two fits" if draws else "no draws, so no intervals"
@@ -171,7 +171,8 @@ def _parameter_sets(fit_a: Fit, fit_b: Fit, seed: int, side: int) -> dict[str, n
     return {k: np.concatenate([[fit.params[k]], v[order]]) for k, v in fit.draw_params().items()}
 
 
-def _flags(names, fits, budgets, tops) -> list[dict]:
+def comparison_flags(names, fits, budgets, tops) -> list[dict]:
+    """What to doubt of a comparison at budgets [B] in FLOPs; ``tops`` are the largest of the tables."""
     out = []
     for name, fit, top in zip(names, fits, tops, strict=True):
         ratio = budgets.max() / top
@@ -181,11 +182,9 @@ def _flags(names, fits, budgets, tops) -> list[dict]:
             out.append(flag("far_extrapolation", text + "; the law's form is assumed to hold there"))
         graver = ("boundary", "few_clusters", "uncertain", "no_intervals", "failed_resamples")
         out += [flag(f["code"], f"{name}: {f['text']}") for f in fit.flags if f["code"] in graver]
-    shared = [
-        f"{name} {fit.data.get('columns', {}).get('loss', 'loss')}"
-        for name, fit in zip(names, fits, strict=True)
-    ]
-    if len({s.split(" ", 1)[-1] for s in shared}) > 1:
+    columns = [fit.data.get("columns", {}).get("loss", "loss") for fit in fits]
+    if len(set(columns)) > 1:
+        shared = [f"{name} {column}" for name, column in zip(names, columns, strict=True)]
         text = f"the losses come from columns of different names ({', '.join(shared)})"
         out.append(flag("loss_columns", text + "; they compare only on one evaluation set, in one unit"))
     return out

@@ -148,8 +148,6 @@ def select(
     ids, cluster_name = uncertainty.find_clusters(rows, cluster)
     if ids.ndim == 2:
         raise FitError(f"cluster is {cluster!r}; forecasts are compared over one kind of cluster, not two")
-    if ids.ndim == 2:
-        raise FitError(f"cluster is {cluster!r}; a comparison of laws resamples one way: name one of them")
     value = getattr(rows, by)
     folds, errors_FxR, results = [], [], []
     for cut in cuts:
@@ -206,12 +204,21 @@ def _read_forms(laws, defaults) -> list[tuple[str, Law, dict]]:
             )
         if isinstance(own.get("exclude"), str):
             own = {**own, "exclude": [own["exclude"]]}
-        said = "; ".join(f"{k} {', '.join(v) if k == 'exclude' else v}" for k, v in own.items())
+        said = "; ".join(f"{k} {_said(v)}" for k, v in own.items())
         name = f"{law.name} ({said})" if said else law.name
         if name in [f[0] for f in forms]:
             raise FitError(f"laws names {name} twice; each candidate must be different")
         forms.append((name, law, {**defaults, **own}))
     return forms
+
+
+def _said(value) -> str:
+    """An option's value in a candidate's name."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} = {_said(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _cuts(count: int, by: str, holdouts: int | None) -> list[int]:
@@ -325,9 +332,11 @@ def _judge(candidates, errors, held_ids, resamples: int, seed: int):
     chosen = min(alike, key=lambda i: (candidates[i].free, candidates[i].mean_error))
     name = candidates[chosen].name
     if len(alike) == 1:
-        others = f"; {len(ranked) - 1} others are worse" if len(ranked) > 1 else " (the only one ranked)"
+        others = ("; the other is worse", f"; the {len(ranked) - 1} others are worse")[len(ranked) > 2]
+        others = others if len(ranked) > 1 else " (the only one ranked)"
         return noise, name, f"Recommended: {name}{others}."
-    names = " and ".join(candidates[i].name for i in alike)
+    names = [candidates[i].name for i in alike]
+    names = f"{', '.join(names[:-1])} and {names[-1]}"
     text = f"By their forecasts {names} cannot be told apart. Recommended: {name}, "
     fewest = [i for i in alike if candidates[i].free == candidates[chosen].free]
     text += f"with the fewest parameters ({candidates[chosen].free})"
