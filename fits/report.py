@@ -14,6 +14,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from fits import plots
+from fits import report_questions as questions
 from fits import report_study as study_words
 from fits import report_tables as words
 from fits.errors import FitError
@@ -24,6 +25,7 @@ from fits.fitfile import read_fit, write_whole
 FRONTIER_POINTS = 7
 """Budgets at which the frontier is computed: exact under C = 6ND, where it is a power law, and under any
 other count close to one; each costs a search for every resample."""
+QUESTIONS = ("selection", "next")
 
 
 def write_report(
@@ -37,6 +39,11 @@ def write_report(
     flops: Callable | None = None,
     title: str | None = None,
     commands: Sequence[str] = (),
+    ask: Sequence[str] = QUESTIONS,
+    laws: Sequence[str] = (),
+    against: Fit | str | os.PathLike | None = None,
+    against_flops: Callable | None = None,
+    against_name: str = "the other",
 ) -> Path:
     """Writes the report of a fit, and its figures as PNG files.
 
@@ -51,13 +58,22 @@ def write_report(
       flops: training FLOPs of (N, D), for the frontier; default 6 N D.
       title: heading; default the study's name, or the table's.
       commands: the command lines that led here, for the checklist.
+      ask: further questions, of ``QUESTIONS``: which law forecasts best, and which runs come next. Each
+        answer is worked out here, from the fit's own rows and draws.
+      laws: forms to forecast with beside the fit's own; default the sums of powers in the same variables,
+        since any other must first be compiled, which takes seconds.
+      against: a fit of another study, or its file, to compare with; its FLOPs and its name.
 
     Returns:
       The path of the HTML file. The same inputs give the same bytes.
 
     Raises:
-      FitError: a fit, study or allocation that cannot be read, or a place that cannot be written.
+      FitError: a fit, study or allocation that cannot be read, an unknown question or law, or a place that
+        cannot be written.
     """
+    unknown = set(ask) - set(QUESTIONS)
+    if unknown:
+        raise FitError(f"ask has {', '.join(sorted(unknown))}; the questions are {', '.join(QUESTIONS)}")
     fit = fit if isinstance(fit, Fit) else read_fit(fit)
     answers = [_plain(a) for a in _several(allocation)]
     compared = None if approaches is None else _plain(approaches)
@@ -67,8 +83,19 @@ def write_report(
         plots_dir = Path(study) / "plots" if study is not None else out.parent / f"{out.stem}.plots"
     points, hidden = words.isoflop_points(compared)
     frontier = _frontier(fit, points, answers, flops)
+    further = _further(fit, table, answers, ask, laws, flops)
+    if against is not None:
+        other = against if isinstance(against, Fit) else read_fit(against)
+        names = ((manifest or {}).get("study") or "this study", against_name)
+        budgets = [a["budget"] for a in answers]
+        further["comparison"] = questions.ask_comparison(
+            fit, other, budgets, names=names, flops=flops, other_flops=against_flops
+        )
     figures = _figures(fit, compared, points, answers, frontier, table, curves)
+    figures |= _further_figures(fit, further, frontier)
     context = _context(fit, compared, points, answers, manifest, table, commands)
+    context |= _further_words(further)
+    context["warnings"] += questions.selection_warnings(further["selection"][0])
     context["title"] = title or (manifest or {}).get("study") or fit.data.get("source") or "Scaling-law fit"
     context["figures"] = {
         name: Markup(plots.svg(figure, name, CAPTIONS[name])) for name, figure in figures.items()
@@ -95,6 +122,45 @@ def write_report(
     return out
 
 
+def _further(fit, table, answers, ask, laws, flops) -> dict[str, tuple[Any, str]]:
+    """Answer and reason why not, by section."""
+    left_out = (None, "It was not asked for.")
+    further = dict.fromkeys(QUESTIONS, left_out)
+    if "selection" in ask:
+        fitted = None if table is None else study_words.fitted_rows(fit, table)
+        further["selection"] = questions.ask_selection(fit, fitted, laws)
+    if "next" in ask:
+        further["next"] = questions.ask_next(fit, answers[0]["budget"] if answers else None, flops)
+    return further
+
+
+def _further_figures(fit, further, frontier) -> dict[str, Any]:
+    figures = {}
+    selection, comparison = further["selection"][0], further.get("comparison", (None, ""))[0]
+    if selection and any(c["ranked"] for c in selection["candidates"]):
+        figures["forecasts"] = plots.plot_forecasts(selection)
+    if further["next"][0]:
+        figures["next_runs"] = plots.plot_next_runs(fit, further["next"][0], frontier)
+    if comparison:
+        shown = {**comparison, "speedups": comparison["curve"]}
+        figures["comparison"] = plots.plot_comparison(shown, comparison["frontiers"], comparison["ranges"])
+    return figures
+
+
+def _further_words(further) -> dict[str, Any]:
+    """Per section its words, or None, and the reason; a comparison is no section where none was asked for."""
+    words_of = {
+        "selection": questions.selection_words,
+        "next": questions.next_words,
+        "comparison": questions.comparison_words,
+    }
+    out: dict[str, Any] = {"compared_with_other": "comparison" in further}
+    for name, make in words_of.items():
+        answer, why = further.get(name, (None, ""))
+        out[name], out[f"{name}_absent"] = None if answer is None else make(answer), why
+    return out
+
+
 CAPTIONS = {
     "isoflop": "Loss against model size at each budget: the bottom of each curve is the best N for that "
     "budget, and a curve without an orange mark has no minimum among its runs.",
@@ -106,6 +172,12 @@ CAPTIONS = {
     "models should lie lower, and no curve should turn upward.",
     "residuals": "What the law leaves unexplained: a trend or a bend against N, D or the fitted loss means "
     "that the law has the wrong form, and points off the line in the last panel are outliers.",
+    "forecasts": "How far off each form was on runs larger than all that it was fitted to: a form whose dots "
+    "leave the zero line as the factor grows has the wrong shape, whatever its fit inside the table.",
+    "next_runs": "The runs so far and the proposed ones, numbered in the order in which they pay: the star "
+    "is the optimum to be decided.",
+    "comparison": "The lowest loss of each study at a budget, and the compute that the second saves (a "
+    "factor): a green line marks a crossover.",
     "sensitivity": "The exponent a when one choice is made otherwise: marks outside the bands are choices "
     "that matter more than the noise; hollow marks did not converge.",
 }

@@ -384,12 +384,24 @@ def select_(table, laws, by, as_json, **reading):
 @click.argument("study", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="HTML file (default: STUDY/report.html).")
 @click.option("--budget", type=float, help="Also allocate this budget (default: the last one asked for).")
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="Compare with another fit file, study or table; a table is fitted as STUDY was.",
+)
+@click.option("--law", "laws", multiple=True, help="A law to forecast with (may be given again).")
+@click.option(
+    "--without",
+    type=click.Choice(["selection", "next"]),
+    multiple=True,
+    help="Leave out the forecasts of rival laws or the next runs, to save time.",
+)
 @json_option
-def report(study, out, budget, as_json):
+def report(study, out, budget, against, laws, without, as_json):
     """Write one self-contained HTML report of a fitted STUDY (or of a fit file), and its plots as PNG."""
     from launch import fitting
 
-    path = fitting.report(study, out, budget)
+    path = fitting.report(study, out, budget, against, laws, without)
     emit(as_json, {"report": str(path)}, lambda: console.print(f"report: {path}", soft_wrap=True))
 
 

@@ -259,9 +259,11 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def report(path: Path, out: Path | None, budget: float | None) -> Path:
-    """Writes the report of a fitted study or of a fit file."""
-    from fits.report import write_report
+def report(
+    path: Path, out: Path | None, budget: float | None, against: Path | None = None, laws=(), without=()
+) -> Path:
+    """Writes the report of a fitted study or of a fit file, compared with ``against`` where that is given."""
+    from fits.report import QUESTIONS, write_report
 
     file = find_fit(path)
     study = study_of(file)
@@ -288,4 +290,37 @@ def report(path: Path, out: Path | None, budget: float | None) -> Path:
         out=out or (study / "report.html" if study else Path(file.stem + ".report.html")),
         flops=flops,
         commands=[*commands, command_line()],
+        ask=[q for q in QUESTIONS if q not in without],
+        laws=laws,
+        **({} if against is None else other_study(against, fitted)),
     )
+
+
+def other_study(path: Path, like: fits.Fit) -> dict:
+    """What a report needs to compare with another study: its fit, its FLOPs and its name.
+
+    A table, or a study that has no fit yet, is fitted with the law, options and column names of ``like``.
+    """
+    if path.suffix == ".json" or (path / "fits").is_dir():
+        file = find_fit(path)
+        flops, _ = cost_and_shape(study_of(file))
+        return {"against": fits.read_fit(file), "against_flops": flops, "against_name": path.stem}
+    rows = read_table(path)
+    m = like.method
+    chosen = {k: m[k] for k in ("loss", "space", "weights", "stderr", "bootstraps", "seed")}
+    chosen |= {"delta": m["delta_given"], "delta_unit": m["delta_unit"]} if m["loss"] == "huber" else {}
+    chosen |= {"tau": m["tau"]} if m["tau"] is not None else {}
+    columns = {ours: theirs for ours, theirs in like.data["columns"].items() if theirs in rows}
+    units = {"token_unit": like.data["units"]["tokens"], "param_unit": like.data["units"]["params"]}
+    other = fits.fit_table(
+        rows,
+        like.law,
+        fixed=like.fixed,
+        columns=columns,
+        source=str(path),
+        sensitivity=False,
+        **units,
+        **chosen,
+    )
+    flops, _ = cost_and_shape(path if is_study(path) else None)
+    return {"against": other, "against_flops": flops, "against_name": path.stem}

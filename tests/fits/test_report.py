@@ -344,7 +344,7 @@ def test_law_in_one_variable(tmp_path):
     page = Page(write_report(None, fit, out=tmp_path / "r.html"))
     assert "does not trade N against D" in page.sections["answer"]
     assert "gives no optimal N and D" in page.sections["frontier"]
-    assert_pictures(tmp_path / "r.plots", ["residuals"])
+    assert_pictures(tmp_path / "r.plots", ["residuals", "forecasts"])
 
 
 @pytest.fixture(scope="module")

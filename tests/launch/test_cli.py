@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -207,6 +208,15 @@ def test_questions_of_a_fitted_table(tmp_path):
         scaling("select", "a.csv", "--law", "chinchilla", "--law", "power_C", "--json", cwd=tmp_path)
     )
     assert picked["recommended"]
+    # a table is fitted as the report's own fit was; a fit file is read
+    scaling("report", a, "--against", "b.csv", "--without", "selection", "--out", "r.html", cwd=tmp_path)
+    page = (tmp_path / "r.html").read_text()
+    assert "speed-up of b" in page and "No forecasts: It was not asked for." in page
+    fitted_first = page.split("speed-up of b")[1].split("</tbody>")[0]
+    scaling("report", a, "--against", b, "--without", "selection", "--out", "r.html", cwd=tmp_path)
+    said = (tmp_path / "r.html").read_text().split("speed-up of b.chinchilla.fit")[1].split("</tbody>")[0]
+    assert re.findall(r'value="[^"]*"', said) == re.findall(r'value="[^"]*"', fitted_first)
+    assert "law is 'none'" in refused("report", a, "--law", "none", cwd=tmp_path)
 
 
 def test_bad_tables_end_in_one_sentence(tmp_path):
