@@ -108,7 +108,7 @@ def write_report(
     explorer, context["explorer_absent"] = explorer_data(fit, flops, answers[0] if answers else None)
     context["explorer"] = explorer
     if explorer is not None:
-        script = (files("fits") / "templates" / "explorer.js").read_text(encoding="utf-8")
+        script = "".join(_template(name) for name in ("explorer.js", "explorer_page.js"))
         context["explorer_data"], context["explorer_script"] = Markup(embedded(explorer)), Markup(script)
         context["explorer_fields"], context["explorer_inside"] = fields(explorer), inside(explorer)
     page = _environment().get_template("report.html").render(context)
@@ -283,9 +283,12 @@ def _context(fit, compared, points, answers, manifest, table, commands) -> dict[
     return context
 
 
+def _template(name: str) -> str:
+    return (files("fits") / "templates" / name).read_text(encoding="utf-8")
+
+
 def _environment() -> jinja2.Environment:
-    folder = files("fits") / "templates"
-    loader = jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8"))
+    loader = jinja2.FunctionLoader(_template)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )

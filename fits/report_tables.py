@@ -75,6 +75,9 @@ def headline(fit: Any, allocations: Sequence[Mapping]) -> dict[str, Any]:
         return {"answered": False, "lines": [["There is no answer: the fit is", fit.status + "."]]}
     if allocations:
         return {"answered": True, "lines": [_allocation_sentence(answer) for answer in allocations]}
+    if "U" in fit.law.variables:
+        line = "The fitted law is below; its best N and D depend on the unique tokens too: see the explorer."
+        return {"answered": True, "lines": [[line]]}
     if "a" not in fit.intervals:
         return {"answered": True, "lines": [["The fitted law is below; it does not trade N against D."]]}
     a, b = fit.intervals["a"], fit.intervals["b"]

@@ -17,7 +17,8 @@ import fits
 from fits import explorer
 from fits.report import write_report
 
-SCRIPT = (importlib.resources.files("fits") / "templates" / "explorer.js").read_text(encoding="utf-8")
+TEMPLATES = importlib.resources.files("fits") / "templates"
+SCRIPT = "".join((TEMPLATES / f"{name}.js").read_text("utf-8") for name in ("explorer", "explorer_page"))
 THREE_DIGITS = 5e-4
 # the page holds 6 significant digits of A, alpha, B, beta: log N* then is off by some 1e-5, and every draw
 # of these fits is embedded, so intervals are of the same draws
@@ -31,11 +32,10 @@ def engine():
 
 
 def solve(data, budget, **state):
+    empty = dict.fromkeys(("maxParams", "maxTokens", "inference", "unique", "maxEpochs"))
     state = {
         "ratio": 20.0,
-        "maxParams": None,
-        "maxTokens": None,
-        "inference": None,
+        **empty,
         **state,
         "budget": budget,
     }
@@ -66,18 +66,30 @@ def agree(got, want, intervals=True):
     assert got["policy"]["extra"] == pytest.approx(want.policy["extra_compute"], rel=2e-3, abs=2e-5)
 
 
-def kaplan():
-    """The law of Kaplan et al. at their values, with draws scattered about them: no fit is needed here."""
-    law = fits.get_law("kaplan")
-    params = {"Nc": 8.8e13, "Dc": 5.4e13, "alphaN": 0.076, "alphaD": 0.095}
-    centre = np.array([params[k] for k in law.parameters])
-    draws = centre * np.exp(0.05 * np.random.default_rng(0).standard_normal((60, 4)))
-    return dataclasses.replace(fitted(), law=law, params=params, draws=draws)
+VALUES = {
+    "kaplan": {"Nc": 8.8e13, "Dc": 5.4e13, "alphaN": 0.076, "alphaD": 0.095},  # Kaplan et al.
+    "overtraining": {"E": 1.84, "a": 212.0, "b": 367.0, "eta": 0.136},  # Gadre et al., C4
+    "data_constrained_tied": fits.get_law("data_constrained_tied").PUBLISHED,
+    "data_constrained": {
+        "E": 1.87, "A": 521.0, "B": 1488.0, "alpha": 0.35, "beta": 0.37, "R_N": 5.3, "R_D": 15.4,
+    },
+    "product": {"E": 1.7, "K": 300.0, "alpha": 0.16, "beta": 0.12},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("law", ["chinchilla", "tied", "kaplan"])
+@functools.cache
+def published(law):
+    """A law at others' values, with draws scattered about them: no fit is needed here."""
+    form, params = fits.get_law(law), VALUES[law]
+    centre = np.array([params[k] for k in form.parameters])
+    draws = centre * np.exp(0.05 * np.random.default_rng(0).standard_normal((60, len(centre))))
+    rows = [r | {"unique_tokens": r["tokens"] / 2} for r in fitted().rows]  # two epochs each
+    return dataclasses.replace(fitted(), law=form, params=dict(params), draws=draws, rows=rows)
+
+
+@pytest.mark.parametrize("law", ["chinchilla", "tied", "kaplan", "overtraining"])
 def test_optimum_and_intervals_are_those_of_allocate(law):
-    fit = kaplan() if law == "kaplan" else fitted(law)
+    fit = published(law) if law in VALUES else fitted(law)
     data, why = explorer.explorer_data(fit)
     assert why == "" and len(data["draws"]) == len(fit.draws) == 60
     for budget in (2e19, 1e21, 3e24):
@@ -105,6 +117,87 @@ def test_limits_are_those_of_allocate(ours, theirs, flops):
         assert got["binds"] == {"params": "max_params" in bound, "tokens": "max_tokens" in bound}
     unspent = [f for f in want.flags if f["code"] == "unspent"]
     assert (got["unspent"] > 1e-6) == bool(unspent)
+
+
+@pytest.mark.parametrize("flops", [None, with_attention])
+@pytest.mark.parametrize("law", ["data_constrained", "data_constrained_tied"])
+def test_unique_tokens_move_the_optimum_as_in_allocate(law, flops):
+    fit = published(law)
+    data, why = explorer.explorer_data(fit, flops)
+    assert why == "" and data["range"]["epochs"] == [2.0, 2.0]
+    assert data["limits"]["unique_tokens"] == pytest.approx(data["range"]["unique"][1], rel=1e-5)
+    found = []
+    for unique in (3e9, 25e9, 1e12):
+        got = solve(data, 1e22, unique=unique)
+        agree(got, fits.allocate(fit, 1e22, flops=flops, unique_tokens=unique))
+        want = [
+            end / unique
+            for end in fits.allocate(fit, 1e22, flops=flops, unique_tokens=unique).intervals["D"]["95"]
+        ]
+        assert got["epochs"] == pytest.approx(got["D"] / unique)
+        assert got["intervals"]["epochs"]["95"] == pytest.approx(want, rel=THREE_DIGITS)
+        found.append(got)
+    assert found[0]["epochs"] > found[1]["epochs"] > 1 > found[2]["epochs"]
+    assert found[0]["N"] != pytest.approx(found[2]["N"], rel=0.05)
+    assert found[0]["loss"] > found[1]["loss"] > found[2]["loss"]
+    assert found[0]["times"]["epochs"] == pytest.approx(found[0]["epochs"] / 2)
+
+
+def test_the_published_optimum_under_repetition():
+    """Muennighoff et al. 2023 print 6.80e9 parameters, 227e9 tokens and 9.08 epochs of 25e9 tokens."""
+    data, _ = explorer.explorer_data(published("data_constrained_tied"))
+    got = solve(data, 6 * 8.67e9 * 178e9, unique=25e9)
+    # three printed figures
+    assert (got["N"], got["D"]) == (pytest.approx(6.80e9, rel=2e-3), pytest.approx(227e9, rel=3e-3))
+    assert got["epochs"] == pytest.approx(9.08, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        ({"maxEpochs": 2.5}, {"max_epochs": 2.5}),
+        ({"maxParams": 1e9}, {"max_params": 1e9}),
+        ({"maxEpochs": 4.0, "maxTokens": 2e10, "inference": 1e10},
+         {"max_epochs": 4.0, "max_tokens": 2e10, "inference_tokens": 1e10}),
+    ],
+)  # fmt: skip
+def test_limits_under_repetition_are_those_of_allocate(ours, theirs):
+    fit = published("data_constrained")
+    data, _ = explorer.explorer_data(fit)
+    got = solve(data, 1e21, unique=1e10, **ours)
+    want = fits.allocate(fit, 1e21, unique_tokens=1e10, **theirs)
+    agree(got, want)
+    assert got["binds"]["tokens"] == any(m["limit"] in ("max_epochs", "max_tokens") for m in want.marginal)
+
+
+def test_no_unique_tokens_means_that_none_is_repeated():
+    fit = published("data_constrained")
+    data, _ = explorer.explorer_data(fit)
+    free = dataclasses.replace(fit, law=fits.get_law("chinchilla"), draws=fit.draws[:, :5])
+    got = solve(data, 1e22)
+    agree(got, fits.allocate(free, 1e22))
+    assert got["epochs"] is None
+
+
+def test_a_product_is_answered_within_caps_as_by_allocate():
+    """Along a budget a product of powers falls to one end; caps on both, or served tokens, end that."""
+    fit = published("product")
+    data, why = explorer.explorer_data(fit)
+    assert why == "" and data["capped"]
+    caps = {
+        k: fit.diagnostics["range"][c][1] for k, c in (("max_params", "params"), ("max_tokens", "tokens"))
+    }
+    assert data["limits"] == pytest.approx(caps, rel=1e-5)
+    for budget in (1e20, 1e21):
+        ours = {"maxParams": data["limits"]["max_params"], "maxTokens": data["limits"]["max_tokens"]}
+        theirs = data["limits"]
+        agree(solve(data, budget, **ours), fits.allocate(fit, budget, **theirs))
+    assert solve(data, 1e21) is None
+    with pytest.raises(fits.FitError, match="no optimal N"):
+        fits.allocate(fit, 1e21)
+    steady = dataclasses.replace(fit, draws=np.empty((0, 4)))
+    served = fits.allocate(steady, 1e21, inference_tokens=1e11)  # alpha above beta: served tokens cost N
+    agree(solve(data, 1e21, inference=1e11), served, intervals=False)
 
 
 def test_flop_function_moves_the_optimum_and_is_interpolated_closely():
@@ -152,10 +245,22 @@ def test_what_is_no_number(text):
     assert engine().evaljs("isNaN(Explorer.read(dukpy.text))", text=text)
 
 
+class Own(fits.Law):
+    """A law in N and D that the page has no formula for."""
+
+    name, formula, parameters = "own", "L = E + 1 / log(N D)", ("E",)
+
+
 def test_left_out_where_there_is_no_optimum():
     for fit, word in [
-        (fitted("product", 0), "no best N"),
-        (fitted("power_N", 0), "E + A / N^alpha"),
+        (
+            fitted("power_N", 0),
+            "a law in N alone does not trade N against D; this law is L = E + A / N^alpha",
+        ),
+        (fitted("power_C", 0), "says what a budget reaches, not which N and D"),
+        (dataclasses.replace(fitted(), law=fits.get_law("broken_D")), "a law in D alone"),
+        (dataclasses.replace(fitted(), law=fits.get_law("steps_batch")), "N, S, B is not settled"),
+        (dataclasses.replace(fitted(), law=Own()), "it knows sums of powers"),
         (dataclasses.replace(fitted(), status="not identified"), "not identified"),
         (dataclasses.replace(fitted(), status="unconverged"), "unconverged"),
     ]:
@@ -250,6 +355,27 @@ def test_the_page_answers_what_is_typed(tmp_path):
     assert shown["budget"]["value"] == "3e24" and "1000 times" in shown["notes"]["html"]
     shown = type_in("max-params", "<b>")
     assert "Not a positive number: Cap on N" in shown["notes"]["html"] and shown["body"]["html"] == ""
+
+
+def test_the_page_repeats_tokens(tmp_path):
+    fit = published("data_constrained_tied")
+    answer = fits.allocate(fit, 1e22, unique_tokens=25e9, max_epochs=40)
+    out = write_report(None, fit, allocation=answer, out=tmp_path / "r.html", ask=())
+    page, _, type_in = opened(out)
+    assert page.ids["explorer-unique"]["value"] == "2.5e10"
+    assert page.ids["explorer-max-epochs"]["value"] == "40"
+    assert "the explorer gives them" in out.read_text()
+    shown = type_in("budget", "1e22")
+    epochs = answer.D / 25e9
+    assert f"Every token is seen {epochs:.3g} times" in shown["notes"]["html"]
+    assert f"the number of epochs is {epochs / 2:.3g} times" in shown["notes"]["html"]
+    assert ">epochs</th>" in shown["body"]["html"] and f"{answer.loss:.5g}" in shown["body"]["html"]
+    shown = type_in("max-epochs", "2")
+    assert "The cap on epochs holds D at 50B" in shown["notes"]["html"]
+    assert "cap on D" in shown["figure"]["html"]
+    shown = type_in("unique", "")
+    assert "No epochs are capped" in shown["notes"]["html"] and ">epochs</th>" not in shown["body"]["html"]
+    assert "nan" not in shown["figure"]["html"].lower()
 
 
 def test_page_without_draws_says_so(tmp_path):
