@@ -385,6 +385,9 @@ def select_(table, laws, by, as_json, **reading):
 @click.option("--out", type=click.Path(path_type=Path), help="HTML file (default: STUDY/report.html).")
 @click.option("--budget", type=float, help="Also allocate this budget (default: the last one asked for).")
 @click.option(
+    "--unique-tokens", type=float, help="For --budget and a law in unique tokens: how many there are."
+)
+@click.option(
     "--against",
     type=click.Path(path_type=Path),
     help="Compare with another fit file, study or table; a table is fitted as STUDY was.",
@@ -397,11 +400,11 @@ def select_(table, laws, by, as_json, **reading):
     help="Leave out the forecasts of rival laws or the next runs, to save time.",
 )
 @json_option
-def report(study, out, budget, against, laws, without, as_json):
+def report(study, out, budget, unique_tokens, against, laws, without, as_json):
     """Write one self-contained HTML report of a fitted STUDY (or of a fit file), and its plots as PNG."""
     from launch import fitting
 
-    path = fitting.report(study, out, budget, against, laws, without)
+    path = fitting.report(study, out, budget, unique_tokens, against, laws, without)
     emit(as_json, {"report": str(path)}, lambda: console.print(f"report: {path}", soft_wrap=True))
 
 

@@ -259,9 +259,7 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def report(
-    path: Path, out: Path | None, budget: float | None, against: Path | None = None, laws=(), without=()
-) -> Path:
+def report(path: Path, out: Path | None, budget, unique_tokens, against: Path | None, laws, without) -> Path:
     """Writes the report of a fitted study or of a fit file, compared with ``against`` where that is given."""
     from fits.report import QUESTIONS, write_report
 
@@ -272,7 +270,8 @@ def report(
     fitted = fits.read_fit(file)
     answer = None
     if budget is not None:
-        answer = fits.allocate(fitted, budget, flops=flops, shape=buildable).to_dict()
+        asked = {"flops": flops, "shape": buildable, "unique_tokens": unique_tokens}
+        answer = fits.allocate(fitted, budget, **asked).to_dict()
     elif study is not None and kept.exists():
         answer = read_json(kept)
         if answer["fit_hash"] != file_hash(file):  # of an older fit: ask the same of this one

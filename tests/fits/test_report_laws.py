@@ -39,4 +39,7 @@ def test_law_in_unique_tokens_with_an_allocation(tmp_path):
         encoding="utf-8"
     )
     assert "tokens per parameter" in page and 'id="figure-surface"' not in page
+    assert 'id="explorer-unique"' in page and 'value="2.5e10"' in page
+    assert "a law in N, D, U, and runs are chosen by N and D alone" in page
+    assert "The law of this report, data_constrained_tied (fixed A = 520.825" in page
     assert 'id="figure-residuals"' in page
