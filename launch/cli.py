@@ -72,6 +72,10 @@ def cli() -> None:
       scaling report studies/quickstart          one HTML file with every picture
 
     \b
+    Before a pod is spent:
+      scaling preflight studies/quickstart --target v5e    compile every cell for a TPU that is not here
+
+    \b
     Further questions of a fit:
       scaling compare A B                        effective speed-up, and where the frontiers cross
       scaling next studies/quickstart --budget 1e13    which run teaches most per FLOP
@@ -167,6 +171,30 @@ def run(study, cells, workers, cores_per_worker, checkpoint_seconds, checkpoint_
         code = local.run_study(study, count, options, on_poll, cells, cores_per_worker)
     emit(as_json, {"outcome": "done", "cells": progress(study)}, lambda: show.run_summary(console, study))
     return code
+
+
+@cli.command()
+@click.argument("study", type=click.Path(path_type=Path))
+@click.option("--target", default="v5e", show_default=True, help="TPU: v4, v5e, v5p, v6e or tpu7x.")
+@click.option("--remat", default="none", show_default=True, help="What the backward pass recomputes.")
+@json_option
+def preflight(study, target, remat, as_json):
+    """Compile every distinct cell of STUDY for one chip of a TPU that is not here.
+
+    STUDY is a study folder or a config file. Needs libtpu: pip install 'scaling[tpu]'. Exit code 1 where a
+    cell does not fit the chip's memory or does not compile.
+    """
+    import os
+
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compiler is wanted, not the chip
+    from launch import show
+    from launch.preflight import preflight as compile_all
+    from launch.preflight import read_cells
+
+    with show.preflight_progress(stderr):
+        rows = list(compile_all(read_cells(study), target, remat=remat))
+    emit(as_json, rows, lambda: show.preflight(console, rows, target))
+    return 0 if all(row["fits"] for row in rows) else 1
 
 
 @cli.command()

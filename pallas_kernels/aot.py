@@ -45,20 +45,21 @@ def tpu_topology(name: str):
         raise ValueError(f"TPU slice {name!r} is not known; generations: {', '.join(TPU_SLICES)}") from e
 
 
-def compile_tpu(function: Callable, *shapes, generation: str = "v5e"):
+def compile_tpu(function: Callable, *shapes, generation: str = "v5e", **jit_options):
     """``jax.jit(function)`` compiled for one chip of a TPU generation.
 
     Args:
       function: of positional arrays; kernels in it with ``implementation=None`` are the TPU's.
       *shapes: arrays or ``jax.ShapeDtypeStruct``, pytrees allowed.
       generation: v4, v5e, v5p, v6e or tpu7x.
+      **jit_options: of ``jax.jit``, such as ``donate_argnums``.
 
     Returns:
       ``jax.stages.Compiled``: ``memory_analysis()`` and ``as_text()`` are to be relied upon;
       ``cost_analysis()`` is not, inside custom calls and loops.
     """
     with dispatch.target("tpu", generation):
-        return _compile(function, shapes, tpu_topology(generation).devices[0], "tpu")
+        return _compile(function, shapes, tpu_topology(generation).devices[0], "tpu", jit_options)
 
 
 @functools.cache
@@ -75,10 +76,11 @@ def compile_gpu(function: Callable, *shapes, target_config: str):
         return _compile(function, shapes, gpu_topology(target_config).devices[0], "cuda")
 
 
-def _compile(function, shapes, device, platform):
+def _compile(function, shapes, device, platform, jit_options=None):
     def place(x):
         mesh = Mesh([device], ("device",))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
 
     placed = jax.tree.map(place, shapes)
-    return jax.jit(function).trace(*placed).lower(lowering_platforms=(platform,)).compile()
+    traced = jax.jit(function, **(jit_options or {})).trace(*placed)
+    return traced.lower(lowering_platforms=(platform,)).compile()
