@@ -17,7 +17,7 @@ import numpy as np
 from fits.allocate import optimum
 from fits.checks import flag
 from fits.errors import FitError
-from fits.printed import Printed
+from fits.printed import Printed, open_ends, word
 
 if TYPE_CHECKING:
     from fits.fit import Fit
@@ -29,7 +29,6 @@ FRONTIER_POINTS = 49  # of a frontier found by search, spline-interpolated betwe
 ROUNDING = 1e-7  # in loss: frontiers closer than this are the same, as far as a search can tell
 SCAN = 241  # budgets scanned for a change of sign before it is bisected
 FAR, VERY_FAR = 10.0, 100.0
-LEVELS = {"80": (0.10, 0.90), "95": (0.025, 0.975)}
 SOUND = ("converged", "boundary")
 
 
@@ -204,7 +203,7 @@ def _speedup(a: _Frontier, b: _Frontier, budget: float, reach: float, names, top
     x_B = np.where(never_B, np.inf, np.where(always_B, 0.0, x_B))
     x_B = np.where(bad_B, np.nan, x_B)
     loss_a = float(a.loss(np.full(a.count, math.log(budget)))[0])
-    got: dict[str, Any] = {"estimate": _word(x_B[0])} | _ends(x_B[1:])
+    got: dict[str, Any] = {"estimate": word(x_B[0])} | open_ends(x_B[1:])
     drawn = x_B[1:][~np.isnan(x_B[1:])]
     share = float(np.isinf(drawn).mean()) if len(drawn) else None
     if np.isnan(x_B[0]):
@@ -223,26 +222,9 @@ def _speedup(a: _Frontier, b: _Frontier, budget: float, reach: float, names, top
     if share:
         text += f"; {names[0]} never reaches that loss in {100 * share:.2g} % of the draws"
     return {
-        "budget": budget, "loss_a": _word(loss_a), "loss_b": _word(target_B[0]), "speedup": got,
+        "budget": budget, "loss_a": word(loss_a), "loss_b": word(target_B[0]), "speedup": got,
         "unattainable_share": share, "factor_a": budget / tops[0], "factor_b": budget / tops[1], "text": text,
     }  # fmt: skip
-
-
-def _word(value) -> float | str | None:
-    """For JSON: no number is None, infinity is the word."""
-    return None if np.isnan(value) else "infinite" if np.isinf(value) else float(value)
-
-
-def _ends(draws) -> dict:
-    """80 % and 95 % intervals that may end at infinity; none where over 1 % of the draws have no value."""
-    kept = np.sort(draws[~np.isnan(draws)])
-    if len(kept) < 20 or len(kept) < 0.99 * len(draws):
-        return {"80": None, "95": None}
-    # outward to whole draws: between a finite draw and an infinite one there is nothing to interpolate
-    rank = {
-        k: (math.floor(p * (len(kept) - 1)), math.ceil(q * (len(kept) - 1))) for k, (p, q) in LEVELS.items()
-    }
-    return {k: [_word(kept[i]), _word(kept[j])] for k, (i, j) in rank.items()}
 
 
 def _crossover(a: _Frontier, b: _Frontier, search, names, tops) -> dict:
@@ -262,7 +244,7 @@ def _crossover(a: _Frontier, b: _Frontier, search, names, tops) -> dict:
     draws = a.count - 1
     share = float((count_B[1:] > 0).mean()) if draws else None
     several = float((count_B[1:] > 1).mean()) if draws else None
-    ends = _ends(drawn)
+    ends = open_ends(drawn)
     span = f"from {search[0]:.3g} to {search[1]:.3g} FLOPs"
     if not points:
         better = names[0] if gap_GxB[len(grid) // 2, 0] < 0 else names[1]

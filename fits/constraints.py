@@ -10,18 +10,32 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
-from fits.budget import positive
+from fits.budget import positive, seconds_per_token
 from fits.errors import FitError
+from fits.search import optimum, six_nd, tokens_for
 
 STEP = 1e-3  # of log limit, for marginal values: central differences, so errors are of order STEP squared
 
 
+NEEDS = (
+    ("max_epochs", "unique_tokens"), ("max_memory_bytes", "bytes_per_param"),
+    ("max_latency", "bytes_per_param"), ("max_latency", "inference_chip"),
+    ("inference_chip", "max_latency"), ("inference_devices", "max_latency"),
+)  # fmt: skip
+SLACK = 1e-9  # of a limit: what rounding may exceed it by
+
+
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Bounds on what may be trained, each None where there is none. N in parameters, D in tokens."""
+    """Bounds on what may be trained, each None where there is none. N in parameters, D in tokens.
+
+    max_latency is in seconds a decoded token, on ``inference_devices`` (default 1) of ``inference_chip``; see
+    ``budget.seconds_per_token``. It and max_memory_bytes need bytes_per_param, and cap N.
+    """
 
     min_params: float | None = None
     max_params: float | None = None
@@ -32,14 +46,19 @@ class Limits:
     inference_tokens: float | None = None
     max_memory_bytes: float | None = None
     bytes_per_param: float | None = None
+    max_latency: float | None = None
+    inference_chip: str | None = None
+    inference_devices: float | None = None
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            if value is not None:
+        for name, value in self.given().items():
+            if name != "inference_chip":
                 positive(name, value)
-        for name, other in (("max_epochs", "unique_tokens"), ("max_memory_bytes", "bytes_per_param")):
+        for name, other in NEEDS:
             if getattr(self, name) is not None and getattr(self, other) is None:
-                raise FitError(f"{name} is given without {other}; the limit is a multiple of it")
+                raise FitError(f"{name} is given without {other}, without which it limits nothing")
+        if self.inference_chip is not None:
+            seconds_per_token(1.0, self.inference_chip)  # refuses a chip that it does not know
         if self.largest_params < self.smallest_params:
             raise FitError(
                 f"the limits collide: N at least {self.smallest_params:.4g} (min_params) and at most "
@@ -63,6 +82,11 @@ class Limits:
             caps = [(self.max_params, "max_params")]
             if self.max_memory_bytes is not None:
                 caps.append((self.max_memory_bytes / self.bytes_per_param, "max_memory_bytes"))
+            if self.max_latency is not None:
+                one = seconds_per_token(
+                    1.0, self.inference_chip, self.inference_devices or 1.0, self.bytes_per_param
+                )
+                caps.append((self.max_latency / one, "max_latency"))
         else:
             caps = [(self.max_tokens, "max_tokens")]
             if self.max_epochs is not None:
@@ -77,6 +101,16 @@ class Limits:
         """Whether the choice of N and D is bounded (served tokens alone change only the cost)."""
         bounded = self.min_params, self.largest_params < math.inf, self.largest_tokens < math.inf
         return any(bounded) or self.tokens_per_param is not None
+
+    def given(self) -> dict[str, float | str]:
+        """The limits that are set."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+    def allows(self, N, D):
+        """Whether each (N, D) keeps the bounds, to rounding; a held ratio is kept by ``tokens_within``."""
+        N, D = np.asarray(N, float), np.asarray(D, float)
+        fits = (self.smallest_params * (1 - SLACK) <= N) & (self.largest_params * (1 + SLACK) >= N)
+        return fits & (self.largest_tokens * (1 + SLACK) >= D)
 
     def scaled(self, name: str, factor: float) -> Limits:
         return dataclasses.replace(self, **{name: getattr(self, name) * factor})
@@ -118,6 +152,20 @@ def size_for(cost, budget: float, tokens_of) -> float:
     return math.exp(low)
 
 
+def limit_words(given: Mapping[str, float | str]) -> str:
+    """Limits in words, such as "max_params 1e+09, inference_chip h100"."""
+    return ", ".join(f"{k} {v if isinstance(v, str) else format(v, '.5g')}" for k, v in given.items())
+
+
+def tokens_within(cost, N, budget: float, limits: Limits) -> np.ndarray:
+    """The most tokens for each N inside budget and limits; NaN where the limits forbid the size."""
+    N = np.asarray(N, float)
+    D = np.minimum(tokens_for(cost, N, budget), limits.largest_tokens)
+    if limits.tokens_per_param is not None:
+        D = np.where(limits.tokens_per_param * N <= D * (1 + SLACK), limits.tokens_per_param * N, np.nan)
+    return np.where(limits.allows(N, D), D, np.nan)
+
+
 def limited_optimum(law, params, budget: float, flops, limits: Limits) -> dict[str, np.ndarray]:
     """``allocate.optimum`` inside limits; arrays [B] for parameters [B].
 
@@ -127,8 +175,6 @@ def limited_optimum(law, params, budget: float, flops, limits: Limits) -> dict[s
     Raises:
       FitError: the limits leave nothing that this budget can train.
     """
-    from fits.allocate import optimum, six_nd, tokens_for
-
     cost = flops or six_nd
     if limits.inference_tokens is not None:
         cost = flops = with_inference(cost, limits.inference_tokens)

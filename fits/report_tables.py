@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fits.constraints import limit_words
 from fits.plots.style import scientific, short
 from fits.rowweights import describe_loss
 
@@ -148,8 +149,9 @@ def allocation_table(answer: Mapping) -> dict[str, Any]:
     notes = [_band_sentence(answer["band"]), [answer["extrapolation"]["text"]]]
     notes.append([f"Compute is counted as {answer['compute']}."])
     if answer.get("limits"):
-        held = ", ".join(f"{k} {v:.5g}" for k, v in answer["limits"].items())
-        notes.append([f"N and D are the best within these limits: {held}. The band above leaves them aside."])
+        notes.append(
+            [f"N, D and the band are the best within these limits: {limit_words(answer['limits'])}."]
+        )
     if answer.get("buildable"):
         notes.append(_shape_sentence(answer["buildable"], answer.get("shape") or {}))
     if answer.get("policy"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import sys
@@ -12,6 +11,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
+from launch.options import BUDGET_OPTIONS, LIMIT_OPTIONS, SIZE_OPTIONS, with_options
 from scaling import __version__
 from scaling.config import ConfigError
 from scaling.files import StudyError
@@ -274,7 +274,7 @@ def fit_options(command):
         click.option("--param-unit", type=float, default=1.0, help="1e6 where parameters are in millions."),
         click.option("--seed", type=int, default=0, show_default=True, help="Seed of the bootstrap."),
     ]
-    return functools.reduce(lambda f, option: option(f), reversed(options), command)
+    return with_options(options)(command)
 
 
 @cli.command()
@@ -296,45 +296,18 @@ def fit(table, out, as_json, **options):
     return 0 if result.fit.status in ("converged", "boundary") else 1
 
 
-BUDGET_OPTIONS = (
-    click.option("--budget", type=float, help="Training FLOPs to spend, e.g. 1e21."),
-    click.option("--device-hours", type=float, help="Instead of FLOPs: with --chip and --mfu."),
-    click.option("--money", type=float, help="Instead of FLOPs: with --price, --chip and --mfu."),
-    click.option("--price", type=float, help="Price of one device-hour, in the unit of --money."),
-    click.option("--chip", help="Name of the accelerator, e.g. h100 or v5e."),
-    click.option("--mfu", type=float, help="Model FLOPs utilisation, e.g. 0.4."),
-)
-LIMIT_OPTIONS = (
-    click.option("--unique-tokens", type=float, help="Tokens before any is repeated."),
-    click.option("--max-epochs", type=float, help="Passes over --unique-tokens at most."),
-    click.option("--max-params", type=float, help="Largest model allowed."),
-    click.option("--min-params", type=float, help="Smallest model allowed."),
-    click.option("--max-tokens", type=float, help="Most training tokens allowed."),
-    click.option("--tokens-per-param", type=float, help="Hold D/N at this value."),
-    click.option("--inference-tokens", type=float, help="Tokens to serve; the budget pays 2 N a token."),
-    click.option("--max-memory", type=float, help="Bytes for weights, at --bytes-per-param."),
-    click.option("--bytes-per-param", type=float, default=2.0, show_default=True, help="For --max-memory."),
-    click.option("--policy", type=float, default=20.0, show_default=True, help="D/N to compare with."),
-)
-
-
-def with_options(options):
-    """A decorator that adds click options in the order given."""
-    return lambda command: functools.reduce(lambda f, option: option(f), reversed(options), command)
-
-
 @cli.command()
 @click.argument("fit", type=click.Path(path_type=Path))
-@with_options(BUDGET_OPTIONS)
-@with_options(LIMIT_OPTIONS)
-@click.option("--within", type=float, default=0.10, show_default=True, help="Near-optimal band.")
+@with_options(BUDGET_OPTIONS + LIMIT_OPTIONS + SIZE_OPTIONS)
 @click.option("--out", type=click.Path(path_type=Path), help="Write the allocation as JSON here.")
 @json_option
 def allocate(fit, within, out, as_json, **options):
     """Answer "what should I train?" for a budget, from FIT: a fit file, or a fitted study folder.
 
     Gives N*, D*, the loss, 80 and 95 % intervals, the range of N that costs little, what each limit
-    costs, what 20 tokens a parameter would cost, and, for a study, a shape that can be built.
+    costs, what 20 tokens a parameter would cost, and, for a study, a shape that can be built. With
+    --target-loss in place of a budget: the least budget that reaches it. A decoded token is taken to
+    need every weight read once, at the chip's bandwidth, and two FLOPs for each, at its peak.
     """
     from launch import fitting
 

@@ -184,23 +184,26 @@ def allocate(path: Path, within: float, out: Path | None, options: dict) -> fits
     file = find_fit(path)
     study = study_of(file)
     flops, buildable = cost_and_shape(study)
-    limits = {k: options[k] for k in LIMITS if options[k] is not None}
+    asked = {k: options[k] for k in LIMITS if options[k] is not None}
     if options["max_memory"] is not None:
-        limits["max_memory_bytes"] = options["max_memory"]
-        limits["bytes_per_param"] = options["bytes_per_param"]
+        asked["max_memory_bytes"] = options["max_memory"]
+    if options["max_memory"] is not None or options["max_latency"] is not None:
+        asked["bytes_per_param"] = options["bytes_per_param"]
+    if options["sizes"] is not None:
+        asked["sizes"] = [to_number("--sizes", "size", part) for part in options["sizes"].split(",")]
     answer = fits.allocate(
-        fits.read_fit(file), budget_of(options), flops=flops, within=within, shape=buildable, **limits
+        fits.read_fit(file), budget_of(options), flops=flops, within=within, shape=buildable, **asked
     )
     target = out or (study / "fits" / "allocation.json" if study else None)
     if target is not None:
-        asked = {"fit_hash": file_hash(file), "within": within, "limits": limits, "command": command_line()}
-        write_json(target, {**answer.to_dict(), **asked})
+        kept = {"fit_hash": file_hash(file), "asked": {"within": within, **asked}, "command": command_line()}
+        write_json(target, {**answer.to_dict(), **kept})
     return answer
 
 
 LIMITS = (
     "unique_tokens", "max_epochs", "max_params", "min_params", "max_tokens", "tokens_per_param",
-    "inference_tokens", "policy",
+    "inference_tokens", "max_latency", "inference_chip", "inference_devices", "policy", "target_loss",
 )  # fmt: skip
 
 
@@ -208,11 +211,13 @@ def budget_of(options: dict):
     """The budget in the one way that was given: FLOPs, device-hours or money.
 
     Raises:
-      ConfigError: none of them, or several.
+      ConfigError: none of them, or several. With a loss to reach there is none: it is what is asked for.
     """
     given = [k for k in ("budget", "device_hours", "money") if options[k] is not None]
-    if len(given) != 1:
-        raise ConfigError("give the budget in one way: --budget, --device-hours or --money")
+    if not given and options["target_loss"] is not None:
+        return None
+    if len(given) != 1 or options["target_loss"] is not None:
+        raise ConfigError("give the budget in one way: --budget, --device-hours, --money or --target-loss")
     if given == ["budget"]:
         return options["budget"]
     keys = {"device_hours": "device_hours", "money": "money", "price": "price_per_device_hour"}
@@ -275,8 +280,11 @@ def report(path: Path, out: Path | None, budget, unique_tokens, against: Path | 
     elif study is not None and kept.exists():
         answer = read_json(kept)
         if answer["fit_hash"] != file_hash(file):  # of an older fit: ask the same of this one
-            asked = {"within": answer["within"], **answer.get("limits", {})}
-            again = fits.allocate(fitted, answer["budget"], flops=flops, shape=buildable, **asked)
+            asked = answer.get("asked", {"within": answer["band"]["within"], **answer["limits"]})
+            again = fits.allocate(
+                fitted, None if "target_loss" in asked else answer["budget"], flops=flops, shape=buildable,
+                **asked,
+            )  # fmt: skip
             answer = {**again.to_dict(), "command": answer["command"]}
     compared = file.with_name(file.stem + ".approaches.json")
     commands = [read_json(p)["fit"] for p in [file.with_name(file.stem + ".command.json")] if p.exists()]

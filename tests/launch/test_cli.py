@@ -198,6 +198,17 @@ def test_questions_of_a_fitted_table(tmp_path):
     assert got["budget"] == pytest.approx(1000 * 3600 * 989.4e12 * 0.4)
     assert "in one way" in refused("allocate", a, "--budget", "1e22", *hours, cwd=tmp_path)
     assert "in one way" in refused("allocate", a, cwd=tmp_path)
+    served = ("--max-latency", "1e-4", "--inference-chip", "v5e", "--bytes-per-param", "1")
+    got = json.loads(scaling("allocate", a, "--target-loss", "2.7", *served, "--sizes", "2e7,5e7,5e8",
+                             "--json", cwd=tmp_path))  # fmt: skip
+    assert got["loss"] == pytest.approx(2.7) and got["target"]["budget"]["estimate"] == got["budget"]
+    # 819e9 bytes/s at a byte a parameter, and 197e12 FLOP/s at two
+    assert got["N"] <= 1e-4 / (1 / 819e9 + 2 / 197e12) * (1 + 1e-9)
+    assert got["buildable"]["N"] == got["sizes"][0]["N"] and got["sizes"][-1] | {"N": 0} == dict.fromkeys(
+        got["sizes"][-1], None
+    ) | {"N": 0}
+    assert "without inference_chip" in refused("allocate", a, "--budget", "1e22", *served[:2], cwd=tmp_path)
+    assert "in one way" in refused("allocate", a, "--budget", "1e22", "--target-loss", "2.5", cwd=tmp_path)
     got = json.loads(scaling("compare", a, b, "--budget", "1e21", "--json", cwd=tmp_path))
     # the same noise on both sides; what is left is the difference of two noisy fits
     assert got["speedups"][0]["speedup"]["estimate"] == pytest.approx(2.0, rel=0.1)

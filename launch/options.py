@@ -1,0 +1,43 @@
+"""Options of the commands that ask for a budget and its limits."""
+
+from __future__ import annotations
+
+import functools
+
+import click
+
+BUDGET_OPTIONS = (
+    click.option("--budget", type=float, help="Training FLOPs to spend, e.g. 1e21."),
+    click.option("--device-hours", type=float, help="Instead of FLOPs: with --chip and --mfu."),
+    click.option("--money", type=float, help="Instead of FLOPs: with --price, --chip and --mfu."),
+    click.option("--price", type=float, help="Price of one device-hour, in the unit of --money."),
+    click.option("--chip", help="Name of the accelerator, e.g. h100 or v5e."),
+    click.option("--target-loss", type=float, help="Instead of a budget: find the least that reaches this."),
+    click.option("--mfu", type=float, help="Model FLOPs utilisation, e.g. 0.4."),
+)
+LIMIT_OPTIONS = (
+    click.option("--unique-tokens", type=float, help="Tokens before any is repeated."),
+    click.option("--max-epochs", type=float, help="Passes over --unique-tokens at most."),
+    click.option("--max-params", type=float, help="Largest model allowed."),
+    click.option("--min-params", type=float, help="Smallest model allowed."),
+    click.option("--max-tokens", type=float, help="Most training tokens allowed."),
+    click.option("--tokens-per-param", type=float, help="Hold D/N at this value."),
+    click.option("--inference-tokens", type=float, help="Tokens to serve; the budget pays 2 N a token."),
+    click.option("--max-memory", type=float, help="Bytes for weights, at --bytes-per-param."),
+    click.option("--bytes-per-param", type=float, default=2.0, show_default=True, help="As served."),
+    click.option("--max-latency", type=float, help="Seconds a decoded token, with --inference-chip."),
+    click.option("--inference-chip", help="What serves the model, e.g. h100, for --max-latency."),
+    click.option("--inference-devices", type=float, help="How many share its weights.  [default: 1]"),
+    click.option("--policy", type=float, default=20.0, show_default=True, help="D/N to compare with."),
+)
+
+
+SIZE_OPTIONS = (
+    click.option("--sizes", metavar="N,N,...", help="Sizes that can be built; the best of them is named."),
+    click.option("--within", type=float, default=0.10, show_default=True, help="Near-optimal band."),
+)
+
+
+def with_options(options):
+    """A decorator that adds click options in the order given."""
+    return lambda command: functools.reduce(lambda f, option: option(f), reversed(options), command)
