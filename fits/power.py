@@ -11,9 +11,9 @@ import numpy as np
 from fits.allocate import optimum
 from fits.errors import FitError
 from fits.laws import Law, get_law
-from fits.objective import make_problem
+from fits.objective import RowLoss, make_problem
 from fits.printed import Printed
-from fits.solve import minimise
+from fits.simulate import refit_outcomes
 from fits.table import group_close
 
 QUANTITIES = ("N*", "D*", "loss", "a")
@@ -106,22 +106,17 @@ def power(
     clean_R = np.log(law.predict(truth, {"N": N, "D": D}))
     sizes = group_close(N)
     rng = np.random.default_rng(seed)
-    x, weights = {"N": np.log(N), "D": np.log(D)}, np.ones((1, len(N)))
-    found, kept = {k: [] for k in law.parameters}, 0
-    for _ in range(simulations):
-        shared = size_effect * rng.standard_normal(sizes.max() + 1)
-        log_loss = clean_R + noise * rng.standard_normal(len(N)) + shared[sizes]
-        problem = make_problem(law, x, np.exp(log_loss))
-        solution = minimise(problem, problem.from_params(truth), weights, loss, delta)
-        if solution.converged_B[0]:
-            kept += 1
-            for k, v in problem.to_params(solution.p_BxK).items():
-                found[k].append(float(v[0]))
+    shared = size_effect * rng.standard_normal((simulations, sizes.max() + 1))
+    log_loss = clean_R + noise * rng.standard_normal((simulations, len(N))) + shared[:, sizes]
+    problem = make_problem(law, {"N": np.log(N), "D": np.log(D)}, np.exp(clean_R))
+    start = problem.from_params(truth)[0]
+    found, good = refit_outcomes(problem, start, np.ones(len(N)), np.exp(log_loss), RowLoss(loss, delta))
+    found, kept = {k: v[good] for k, v in found.items()}, int(good.sum())
     if kept < LEAST_SIMULATIONS:
         raise FitError(
             f"only {kept} of {simulations} simulated studies could be fitted: the grid is too small"
         )
-    values = _quantity(law, {k: np.array(v) for k, v in found.items()}, quantity, budget_target)
+    values = _quantity(law, found, quantity, budget_target)
     exact = float(_quantity(law, {k: np.array([v]) for k, v in truth.items()}, quantity, budget_target)[0])
     good = values[np.isfinite(values)]
     low, middle, high = (float(q) for q in np.quantile(good, (0.025, 0.5, 0.975)))
