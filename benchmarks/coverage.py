@@ -5,8 +5,9 @@ in most studies, a common error of each size (0.004). The quantities: the expone
 loss of the true optimum, at the top of the grid and at ten times its budget. The intervals: percentiles of
 the pairs bootstrap; the same widened about the estimate by Student's t of (clusters - 1) over the normal
 quantile; and what a ``Fit`` prints, the interval of ``fits.few_clusters``.
+Then pairs of data sets with a planted speed-up, and the intervals of ``fits.compare``.
 
-    python benchmarks/coverage.py [--sets 120] [--resamples 200] [--json FILE]
+    python benchmarks/coverage.py [--sets 120] [--resamples 200] [--pairs 100] [--json FILE]
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__)
 import numpy as np  # noqa: E402
 from scipy import stats  # noqa: E402
 
-from fits import uncertainty  # noqa: E402
+from fits import fit_table, uncertainty  # noqa: E402
 from fits.allocate import optimum  # noqa: E402
+from fits.compare import compare  # noqa: E402
 from fits.few_clusters import FewClusters  # noqa: E402
 from fits.laws import get_law  # noqa: E402
 from fits.laws.base import balance  # noqa: E402
@@ -120,18 +122,88 @@ def study(sizes, per_budget, effect, loss, cluster, sets: int, resamples: int, s
     return out
 
 
+SPEEDUP, FRACTIONS = 1.5, (0.1, 1.0, 10.0)  # of B over A; budgets over the largest of the grid
+# sizes, sizes in a budget, effect of a size, loss, cluster
+PAIRS = [
+    (9, 5, 0.0, "huber", "row"),
+    (9, 5, EFFECT, "huber", "size"),
+    (9, 5, EFFECT, "least_squares", "size"),
+    (14, 6, EFFECT, "huber", "size"),
+    (14, 6, EFFECT, "least_squares", "size"),
+]
+
+
+def speedup_study(
+    sizes, per_budget, effect, loss, cluster, pairs: int, resamples: int, seed: int = 0
+) -> dict:
+    """Shares of 95 % intervals of ``fits.compare`` that hold the planted speed-up of B over A.
+
+    B is A's surface with all compute multiplied by SPEEDUP, so that the speed-up is known at every budget.
+
+    Returns:
+      Per fraction of the largest budget: coverage, and the median width of the log interval over 3.92 true
+      standard deviations.
+    """
+    number, N, D, budgets = make_grid(sizes, per_budget)
+    better = TRUTH | {c: TRUTH[c] * SPEEDUP ** (-TRUTH[e] / 2) for c, e in (("A", "alpha"), ("B", "beta"))}
+    at = [f * float(budgets.max()) for f in FRACTIONS]
+    rng = np.random.default_rng(seed)
+    held, logs, widths, skipped = [], [], [], 0
+    for s in range(pairs):
+        fits = []
+        for side, params in enumerate((TRUTH, better)):
+            error = NOISE * rng.standard_normal(len(N)) + effect * rng.standard_normal(sizes)[number]
+            y = LAW.predict(params, {"N": N, "D": D}) * np.exp(error)
+            table = {"params": N, "tokens": D, "loss": y}
+            fits.append(fit_table(table, LAW, loss=loss, delta=DELTA, bootstraps=resamples, cluster=cluster,
+                                  sensitivity=False, seed=2 * s + side))  # fmt: skip
+        if any(f.status != "converged" for f in fits):
+            skipped += 1
+            continue
+        told = [row["speedup"] for row in compare(*fits, at, search=(at[0], 1.01 * at[0])).speedups]
+        ends = np.array([[np.inf if e == "infinite" else e for e in t["95"]] for t in told])
+        held.append((ends[:, 0] <= SPEEDUP) & (ends[:, 1] >= SPEEDUP))
+        logs.append([np.log(t["estimate"]) for t in told])
+        widths.append(np.log(ends[:, 1] / ends[:, 0]))
+    width = np.median(widths, 0) / 3.92 / np.std(logs, 0)
+    names = [f"{f:g}x top" for f in FRACTIONS]
+    return {
+        "sizes": sizes, "rows": len(N), "size_effect": effect, "loss": loss, "cluster": cluster,
+        "pairs": len(held), "skipped": skipped, "speedup": SPEEDUP,
+        "coverage": dict(zip(names, np.mean(held, 0).tolist(), strict=True)),
+        "width": dict(zip(names, width.tolist(), strict=True)),
+    }  # fmt: skip
+
+
+def print_speedups(pairs: int, resamples: int) -> list[dict]:
+    """Runs and prints every case of PAIRS."""
+    print(f"\n{pairs} pairs of data sets, a planted speed-up of {SPEEDUP:g}, {resamples} resamples each")
+    names = [f"{f:g}x top" for f in FRACTIONS]
+    print("| grid | fit | " + " | ".join(names) + " |\n|" + "---|" * (2 + len(names)))
+    out = []
+    for case in PAIRS:
+        r = speedup_study(*case, pairs, resamples)
+        out.append(r)
+        kind = "size effect" if r["size_effect"] else "independent"
+        cells = [f"{100 * r['coverage'][n]:.0f} % ({r['width'][n]:.2f})" for n in names]
+        grid = f"{r['sizes']} sizes, {r['rows']} rows, {kind}"
+        print(f"| {grid} | {r['loss']}, by {r['cluster']} | {' | '.join(cells)} |", flush=True)
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sets", type=int, default=120, help="simulated data sets a study")
     parser.add_argument("--resamples", type=int, default=200)
+    parser.add_argument("--pairs", type=int, default=100, help="of data sets a case of speed-ups; 0 for none")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     began, out = time.perf_counter(), []
-    error = 100 * np.sqrt(0.95 * 0.05 / args.sets)
+    error = 100 * np.sqrt(0.95 * 0.05 / max(args.sets, 1))
     print(f"{args.sets} data sets of {args.resamples} resamples; standard error of 95 %: {error:.1f} %")
     names = list(make_quantities(1e20))
     print("| grid | fit | interval | " + " | ".join(names) + " |\n|" + "---|" * (3 + len(names)))
-    for case in STUDIES:
+    for case in STUDIES if args.sets else []:
         r = study(*case, args.sets, args.resamples)
         out.append(r)
         grid = f"{r['sizes']} sizes, {r['rows']} rows, " + (
@@ -140,6 +212,10 @@ def main() -> None:
         for method, got in r["coverage"].items():
             cells = [f"{100 * got[k]:.0f} % ({r['width'][method][k]:.2f})" for k in names]
             print(f"| {grid} | {r['loss']}, by {r['cluster']} | {method} | {' | '.join(cells)} |", flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(out, indent=1) + "\n")
+    if args.pairs:
+        out += print_speedups(args.pairs, args.resamples)
         if args.json:
             args.json.write_text(json.dumps(out, indent=1) + "\n")
     print(f"\n{time.perf_counter() - began:.0f} s")

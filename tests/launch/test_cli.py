@@ -212,7 +212,7 @@ def test_questions_of_a_fitted_table(tmp_path):
     assert got["speedups"][0]["speedup"]["estimate"] == pytest.approx(2.0, rel=0.1)
     assert "speed-up" in scaling("compare", a, b, cwd=tmp_path)
     out = scaling("next", a, "--budget", "1e23", "--batch", 2, "--within", 0.1, cwd=tmp_path)
-    assert out.count("half-width") == 2
+    assert out.count("95 % half-width") == 2 and out.count(" ± ") >= 4
     picked = json.loads(
         scaling("select", "a.csv", "--law", "chinchilla", "--law", "power_C", "--json", cwd=tmp_path)
     )
