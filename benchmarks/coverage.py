@@ -122,6 +122,24 @@ def study(sizes, per_budget, effect, loss, cluster, sets: int, resamples: int, s
     return out
 
 
+def print_studies(sets: int, resamples: int) -> list[dict]:
+    """Runs and prints every case of STUDIES."""
+    out = []
+    error = 100 * np.sqrt(0.95 * 0.05 / sets)
+    print(f"{sets} data sets of {resamples} resamples; standard error of 95 %: {error:.1f} %")
+    names = list(make_quantities(1e20))
+    print("| grid | fit | interval | " + " | ".join(names) + " |\n|" + "---|" * (3 + len(names)))
+    for case in STUDIES:
+        r = study(*case, sets, resamples)
+        out.append(r)
+        kind = "size effect" if r["size_effect"] else "independent"
+        grid = f"{r['sizes']} sizes, {r['rows']} rows, {kind}"
+        for method, got in r["coverage"].items():
+            cells = [f"{100 * got[k]:.0f} % ({r['width'][method][k]:.2f})" for k in names]
+            print(f"| {grid} | {r['loss']}, by {r['cluster']} | {method} | {' | '.join(cells)} |", flush=True)
+    return out
+
+
 SPEEDUP, FRACTIONS = 1.5, (0.1, 1.0, 10.0)  # of B over A; budgets over the largest of the grid
 # sizes, sizes in a budget, effect of a size, loss, cluster
 PAIRS = [
@@ -199,23 +217,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     began, out = time.perf_counter(), []
-    error = 100 * np.sqrt(0.95 * 0.05 / max(args.sets, 1))
-    print(f"{args.sets} data sets of {args.resamples} resamples; standard error of 95 %: {error:.1f} %")
-    names = list(make_quantities(1e20))
-    print("| grid | fit | interval | " + " | ".join(names) + " |\n|" + "---|" * (3 + len(names)))
-    for case in STUDIES if args.sets else []:
-        r = study(*case, args.sets, args.resamples)
-        out.append(r)
-        grid = f"{r['sizes']} sizes, {r['rows']} rows, " + (
-            "size effect" if r["size_effect"] else "independent"
-        )
-        for method, got in r["coverage"].items():
-            cells = [f"{100 * got[k]:.0f} % ({r['width'][method][k]:.2f})" for k in names]
-            print(f"| {grid} | {r['loss']}, by {r['cluster']} | {method} | {' | '.join(cells)} |", flush=True)
-        if args.json:
-            args.json.write_text(json.dumps(out, indent=1) + "\n")
-    if args.pairs:
-        out += print_speedups(args.pairs, args.resamples)
+    for part, count in ((print_studies, args.sets), (print_speedups, args.pairs)):
+        out += part(count, args.resamples) if count else []
         if args.json:
             args.json.write_text(json.dumps(out, indent=1) + "\n")
     print(f"\n{time.perf_counter() - began:.0f} s")
