@@ -1,0 +1,1 @@
+"""Pallas kernels for TPU; on a CPU they run within ``dispatch.interpret()``."""
