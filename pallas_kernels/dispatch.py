@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -98,6 +99,18 @@ def current_target() -> Target | None:
 def interpret_mode():
     """What ``pl.pallas_call(interpret=...)`` is to be given: False outside ``interpret(...)``."""
     return _interpret.value
+
+
+def as_now(function: Callable) -> Callable:
+    """``function``, whenever it is called, under the target and the interpret mode of this moment."""
+    here, mode = _target.value, _interpret.value
+
+    @functools.wraps(function)
+    def call(*args):
+        with _target(here), _interpret(mode):
+            return function(*args)
+
+    return call
 
 
 def choose(

@@ -22,6 +22,8 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, ManualAxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import dispatch
+
 Factors = tuple[str, ...]  # of one axis, major first: ("k",) or ("k", "g")
 
 
@@ -72,6 +74,7 @@ def per_shard(
 
 
 def _call(function, rule, ins, outs, whole, sums, sizes, arrays):
+    function = dispatch.as_now(function)  # the partitioner may trace it in a thread of its own
     mesh = jax.sharding.get_abstract_mesh()
     free = [a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual]
     if mesh.axis_names and not free:

@@ -76,3 +76,10 @@ def test_platforms_differ_under_vmap_and_grad():
     x = jnp.arange(4.0)
     np.testing.assert_array_equal(jax.vmap(call)(x[:, None])[:, 0], x + 2)
     np.testing.assert_array_equal(jax.grad(lambda x: call(x).sum())(x), 1)
+
+
+def test_a_function_keeps_the_contexts_of_the_moment():
+    with dispatch.interpret(), dispatch.target("tpu", "v6e"):
+        later = dispatch.as_now(lambda: (dispatch.interpret_mode(), dispatch.current_target().generation))
+    assert later() == (True, "v6e")
+    assert dispatch.interpret_mode() is False and dispatch.current_target() is None
