@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fits.allocate import optimum
+from fits.allocate import SEARCH_STEP, optimum
 from fits.checks import flag
 from fits.errors import FitError
 from fits.printed import Printed, open_ends, word
+from fits.uncertainty import LEVELS
 
 if TYPE_CHECKING:
     from fits.fit import Fit
@@ -27,6 +28,7 @@ SEARCHED_REACH = 4 * math.log(10.0)  # 1e-4 to 1e4, where the frontier has no cl
 STEPS = 60  # halvings of that range: to below 1e-15 in log budget
 FRONTIER_POINTS = 49  # of a frontier found by search, spline-interpolated between
 ROUNDING = 1e-7  # in loss: frontiers closer than this are the same, as far as a search can tell
+SLOPE_STEP = 1e-3  # of log budget, for the slope of a frontier
 SCAN = 241  # budgets scanned for a change of sign before it is bisected
 FAR, VERY_FAR = 10.0, 100.0
 SOUND = ("converged", "boundary")
@@ -153,6 +155,8 @@ def compare(
     b = _Frontier(fit_b.law, sets[1], flops_b, low, high)
     flags = comparison_flags(names, (fit_a, fit_b), budgets, tops)
     speedups = [_speedup(a, b, float(c), reach, names, tops) for c in budgets]
+    for got in speedups:
+        _with_few_clusters(got, a, (fit_a, fit_b), (flops_a, flops_b))
     draws = a.count - 1
     method = f"{draws} independent pairs of draws of the two fits" if draws else "no draws, so no intervals"
     return StudyComparison(
@@ -217,14 +221,59 @@ def _speedup(a: _Frontier, b: _Frontier, budget: float, reach: float, names, top
         )
     else:
         text = f"{x_B[0]:.4g} (losses {loss_a:.4g} and {target_B[0]:.4g})"
-    if got["95"]:
-        text += "; 95 %: " + " to ".join(v if isinstance(v, str) else f"{v:.3g}" for v in got["95"])
     if share:
         text += f"; {names[0]} never reaches that loss in {100 * share:.2g} % of the draws"
     return {
         "budget": budget, "loss_a": word(loss_a), "loss_b": word(target_B[0]), "speedup": got,
         "unattainable_share": share, "factor_a": budget / tops[0], "factor_b": budget / tops[1], "text": text,
     }  # fmt: skip
+
+
+def _with_few_clusters(speedup: dict, a: _Frontier, fits, flops) -> None:
+    """Ends by both fits' few-cluster variances, where every draw has a speed-up; and the ends in words.
+
+    The log of the speed-up moves with the log losses of the two optima over the slope of A's frontier.
+    """
+    from scipy import stats
+
+    got = speedup["speedup"]
+    few = [fit.few_clusters for fit in fits]
+    drawn = got["95"] is not None and all(isinstance(v, float) and v > 0 for v in got["95"])
+    if None not in few and drawn and not speedup["unattainable_share"] and isinstance(got["estimate"], float):
+        there = speedup["budget"] * got["estimate"]
+        parts = []
+        for fit, one, c, own in zip(fits, few, (there, speedup["budget"]), flops, strict=True):
+
+            def log_loss(params, law=fit.law, c=c, own=own):
+                return np.log(optimum(law, params, c, own)["loss"])
+
+            step = None if own is None and fit.law.optimum(fit.params, c) is not None else SEARCH_STEP
+            try:
+                parts.append(one.interval(log_loss, step))
+            except FitError:
+                return _add_ends(speedup)
+        up, down = (
+            float(np.log(a.loss(np.full(a.count, math.log(there) + s * SLOPE_STEP))[0])) for s in (1, -1)
+        )
+        slope = (up - down) / (2 * SLOPE_STEP)
+        variances = [p["sd"] ** 2 for p in parts]
+        total = sum(variances)
+        spread = sum(v**2 / p["freedom"] for v, p in zip(variances, parts, strict=True))
+        if slope < 0 and total > 0:
+            got["percentile"] = {level: got[level] for level in LEVELS}
+            for level in LEVELS:
+                quantile = float(stats.t.ppf(0.5 + int(level) / 200, total**2 / spread))
+                reach = quantile * math.sqrt(total) / -slope
+                got[level] = [got["estimate"] * math.exp(s * reach) for s in (-1, 1)]
+            got["method"] = "few clusters"
+    _add_ends(speedup)
+
+
+def _add_ends(speedup: dict) -> None:
+    ends = speedup["speedup"]["95"]
+    if ends:
+        words = " to ".join(v if isinstance(v, str) else f"{v:.3g}" for v in ends)
+        speedup["text"] += f"; 95 %: {words}"
 
 
 def _crossover(a: _Frontier, b: _Frontier, search, names, tops) -> dict:

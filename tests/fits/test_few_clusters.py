@@ -63,19 +63,21 @@ def test_single_rows_are_hc2():
     assert 5 < got["freedom"] < 37, "unequal leverage costs freedom: below rows less parameters"
 
 
-def test_coverage_with_a_size_effect():
+@pytest.mark.parametrize("loss", ["least_squares", "huber"])
+def test_coverage_with_a_size_effect(loss):
     """120 data sets of twelve sizes: between 88.3 and 99.2 %, three binomial deviations about 95 %."""
     truth, sizes = None, None
     held = {"rows": [], "sizes": []}
     for seed in range(120):
         table = planted_table(noise=1e-3, size_effect=3e-3, seed=seed)
         if truth is None:
-            problem, point = fit(planted_table())
+            problem, point = fit(planted_table(), loss=loss)
             truth = point.params["alpha"]
             sizes = np.unique(np.round(np.log(table["params"]), 6), return_inverse=True)[1]
-        problem, point = fit(table, starts=2)
+        problem, point = fit(table, starts=2, loss=loss)
         for name, ids in (("rows", np.arange(42)), ("sizes", sizes)):
-            low, high = few_cluster_interval(problem, point.p_K, ids, lambda p: p["alpha"])["95"]
+            row_loss = RowLoss(loss, 1e-3)
+            low, high = few_cluster_interval(problem, point.p_K, ids, alpha, row_loss)["95"]
             held[name].append(low <= truth <= high)
     assert 0.89 <= np.mean(held["sizes"]) <= 0.992, np.mean(held["sizes"])
     assert np.mean(held["rows"]) < np.mean(held["sizes"]), "rows taken as independent cover less"
