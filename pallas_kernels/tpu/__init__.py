@@ -1,1 +1,1 @@
-"""Pallas kernels for TPU; on a CPU they run within ``dispatch.interpret()``."""
+"""Kernels for TPU, by ``pl.pallas_call``."""
