@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import decay_sums, dispatch
+from pallas_kernels.tpu import ssd as tpu
 from pallas_kernels.xla import ssd as xla
 
 IMPLEMENTATIONS = {
     "xla_chunked": dispatch.Implementation(xla.forward, xla.backward),
+    "pallas_tpu": dispatch.Implementation(tpu.forward, tpu.backward, tpu.refuses),
 }
 
 
