@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
-from pallas_kernels import decay_sums, dispatch
+from pallas_kernels import decay_sums, dispatch, sharding
 from pallas_kernels.tpu import ssd as tpu
 from pallas_kernels.xla import ssd as xla
 
@@ -101,13 +102,40 @@ def _ssd(choice, options, q, k, v, g, state0):
 
 
 def _forward(choice, options, *arrays):
-    functions = {n: functools.partial(i.forward, options=options) for n, i in IMPLEMENTATIONS.items()}
+    rule = "{q}, {q}, {v}, {g}, {S} -> {v}, {S}"
+    functions = {
+        name: _per_shard(functools.partial(i.forward, options=options), rule, arrays)
+        for name, i in IMPLEMENTATIONS.items()
+    }
     return dispatch.run(choice, functions, *arrays), arrays
 
 
 def _backward(choice, options, arrays, cotangents):
-    functions = {n: functools.partial(i.backward, options=options) for n, i in IMPLEMENTATIONS.items()}
-    return tuple(dispatch.run(choice, functions, *arrays, *cotangents))
+    rule = "{q}, {q}, {v}, {g}, {S}, {v}, {S} -> {q}, {q}, {v}, {g}, {S}"
+    functions = {
+        name: _per_shard(functools.partial(i.backward, options=options), rule, arrays)
+        for name, i in IMPLEMENTATIONS.items()
+    }
+    gradients = dispatch.run(choice, functions, *arrays, *cotangents)
+    return tuple(_placed_like(d, x) for d, x in zip(gradients, arrays, strict=True))
+
+
+def _per_shard(function, rule, arrays):
+    """Each device computes its batch rows and its heads; the tokens and the state are whole."""
+    q, _, v, g, _ = arrays
+    K, N = q.shape[2], v.shape[2]
+    # where one query-key head serves all, it is kept whole and its value heads are split
+    n, sums, sizes = ("n", ("n",), {}) if K == 1 else ("(k g)", (), {"k": K, "g": N // K})
+    decay = f"b t {n}" if g.ndim == 3 else f"b t {n} d"
+    rule = rule.format(q="b t k d", v=f"b t {n} e", g=decay, S=f"b {n} d e")
+    return sharding.per_shard(function, rule, whole=("t", "d", "e"), sums=sums, **sizes)
+
+
+def _placed_like(gradient, x):
+    """Under explicit axes a gradient must be sharded as its argument is, which may not be as it came."""
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return gradient
+    return jax.sharding.reshard(gradient, jax.typeof(x).sharding)
 
 
 _ssd.defvjp(_forward, _backward)
@@ -171,7 +199,7 @@ def _heads(block_sizes, G):
     if block_sizes is None:
         return None
     if set(block_sizes) != {"heads"}:
-        raise ValueError(f"block_sizes is {dict(block_sizes)!r}; its one key is 'heads' (chunk is an argument)")
+        raise ValueError(f"block_sizes is {dict(block_sizes)!r}; its one key is 'heads'")
     heads = block_sizes["heads"]
     if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or G % heads:
         raise ValueError(f"block_sizes has heads {heads!r}; it must divide the {G} value heads a query head")

@@ -37,34 +37,6 @@ def refuses(q, k, v, g, state0, *, options):
     return None
 
 
-def forward(q_BTKD, k_BTKD, v_BTNE, g, state0_BNDE, *, options):
-    """(o [B, T, N, E], state [B, N, D, E]); g is log_decay, at least ``decay_sums.LOWEST``."""
-    rule, _, sums, sizes = _rule(q_BTKD, v_BTNE, g)
-    local = functools.partial(_forward, options=options)
-    rule = "{q}, {q}, {v}, {g}, {S} -> {v}, {S}".format(**rule)
-    return sharding.per_shard(local, rule, whole=("t", "d", "e"), **sizes)(
-        q_BTKD, k_BTKD, v_BTNE, g, state0_BNDE
-    )
-
-
-def backward(q_BTKD, k_BTKD, v_BTNE, g, state0_BNDE, do_BTNE, dstate_BNDE, *, options):
-    """Gradients of q, k, v, g and state0."""
-    rule, _, sums, sizes = _rule(q_BTKD, v_BTNE, g)
-    local = functools.partial(_backward, options=options)
-    rule = "{q}, {q}, {v}, {g}, {S}, {v}, {S} -> {q}, {q}, {v}, {g}, {S}".format(**rule)
-    return sharding.per_shard(local, rule, whole=("t", "d", "e"), sums=sums, **sizes)(
-        q_BTKD, k_BTKD, v_BTNE, g, state0_BNDE, do_BTNE, dstate_BNDE
-    )
-
-
-def _rule(q, v, g):
-    K, N = q.shape[2], v.shape[2]
-    # one query-key head is kept whole, and its value heads split
-    n, sums, sizes = ("n", ("n",), {}) if K == 1 else ("(k g)", (), {"k": K, "g": N // K})
-    rule = {"q": "b t k d", "v": f"b t {n} e", "S": f"b {n} d e", "g": f"b t {n}" + " d" * (g.ndim == 4)}
-    return rule, n, sums, sizes
-
-
 class _Plan:
     """Sizes, layouts and block specs of one call."""
 
@@ -203,7 +175,8 @@ class _Plan:
         }  # fmt: skip
 
 
-def _forward(q_BTKD, k_BTKD, v_BTNE, g, state0_BNDE, *, options):
+def forward(q_BTKD, k_BTKD, v_BTNE, g, state0_BNDE, *, options):
+    """(o [B, T, N, E], state [B, N, D, E]); g is log_decay, at least ``decay_sums.LOWEST``."""
     p = _Plan(q_BTKD, v_BTNE, g, options)
     decay = p.decay(g)
     o, state = p.call(
@@ -217,7 +190,8 @@ def _forward(q_BTKD, k_BTKD, v_BTNE, g, state0_BNDE, *, options):
     return p.back(o, p.N), p.states_back(state)
 
 
-def _backward(q_BTKD, k_BTKD, v_BTNE, g, state0_BNDE, do_BTNE, dstate_BNDE, *, options):
+def backward(q_BTKD, k_BTKD, v_BTNE, g, state0_BNDE, do_BTNE, dstate_BNDE, *, options):
+    """Gradients of q, k, v, g and state0."""
     p = _Plan(q_BTKD, v_BTNE, g, options)
     decay, q, k, v = p.decay(g), p.keys(q_BTKD), p.keys(k_BTKD), p.values(v_BTNE)
     starts = p.call(
@@ -298,7 +272,8 @@ def _starts_kernel(k_ref, v_ref, *refs, plan):
 
 def _backward_kernel(q_ref, k_ref, v_ref, do_ref, *refs, plan):
     n = len(plan.decay_specs())
-    decay_refs, (starts_ref, dstate_ref, dq_ref, dk_ref, dv_ref), refs = refs[:n], refs[n : n + 5], refs[n + 5 :]
+    decay_refs, refs = refs[:n], refs[n:]
+    (starts_ref, dstate_ref, dq_ref, dk_ref, dv_ref), refs = refs[:5], refs[5:]
     ddecay_refs, (dstate0_ref, dstate, qk, dqk, dq, dk) = refs[:n], refs[n:]
     c, j = pl.program_id(2), pl.program_id(3)
     here = pl.ds(j * plan.heads, plan.heads)

@@ -23,7 +23,7 @@ CHUNK = 64  # measured on a CPU, see benchmarks/kernel_ssd.py
 
 def forward(q_BTKD, k_BTKD, v_BTNE, g, state0_BNDE, *, options):
     """(o [B, T, N, E], state [B, N, D, E]); g is log_decay, at least ``decay_sums.LOWEST``."""
-    chunks, (T, C) = _chunks(q_BTKD, k_BTKD, v_BTNE, g, options)
+    chunks, (T, _) = _chunks(q_BTKD, k_BTKD, v_BTNE, g, options)
     step = functools.partial(_chunk, scale=options.scale)
     state, o_cBKGCE = jax.lax.scan(step, _grouped_state(state0_BNDE, q_BTKD), chunks)
     return _join(o_cBKGCE, T, (2, 3)), state.reshape(state0_BNDE.shape)
@@ -45,7 +45,8 @@ def backward(q_BTKD, k_BTKD, v_BTNE, g, state0_BNDE, do_BTNE, dstate_BNDE, *, op
     dS, grads = jax.lax.scan(
         step, _grouped_state(dstate_BNDE, q_BTKD), (starts, chunks, do_cBKGCE), reverse=True
     )
-    dq, dk, dv, dg = (_join(x, T, heads) for x, heads in zip(grads, ((2,), (2,), (2, 3), (2, 3)), strict=True))
+    heads = (2,), (2,), (2, 3), (2, 3)
+    dq, dk, dv, dg = (_join(x, T, axes) for x, axes in zip(grads, heads, strict=True))
     return dq, dk, dv, dg, dS.reshape(state0_BNDE.shape)
 
 

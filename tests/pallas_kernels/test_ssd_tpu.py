@@ -1,0 +1,197 @@
+"""The TPU kernels of ``ssd``: races and memory that is not initialised, planted bugs, sharding, compiling
+ahead of time, and what they are said to cost."""
+
+import importlib.util
+import inspect
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+from ssd_oracles import FLOAT32, NAMES, agree, exact, make
+
+from pallas_kernels import aot, decay_sums, dispatch, ssd
+from pallas_kernels.cost import ssd as cost
+from pallas_kernels.ssd import Options
+from pallas_kernels.tpu import ssd as tpu
+
+STRICT = {"detect_races": True, "uninitialized_memory": "nan", "num_cores_or_threads": 2, "random_seed": 1}
+
+
+OPTIONS = Options(scale=1.0, chunk=16, heads=1)
+
+
+def check(channel, mode, backward=True):
+    """Small, with two blocks of heads in a query-key head and two chunks, the second ragged.
+
+    The kernels alone: the strict interpreter does not run where ``per_shard`` asks the partitioner.
+    """
+    arrays = make(1, 20, 2, 4, 4, 3, channel=channel)
+    oracle = exact(arrays)
+    arrays[3] = np.maximum(arrays[3], decay_sums.LOWEST)
+
+    def run(*arrays):
+        out = tpu.forward(*arrays[:5], options=OPTIONS)
+        return (*out, *tpu.backward(*arrays, options=OPTIONS)) if backward else out
+
+    n = 7 if backward else 2
+    with dispatch.interpret(mode):
+        agree(jax.jit(run)(*arrays), oracle[:n], FLOAT32, NAMES[:n])
+
+
+def check_strictly(channel=False, backward=True):
+    check(channel, pltpu.InterpretParams(**STRICT), backward)
+    assert not interpret_pallas_call.races.races_found, "a race between two cores"
+
+
+@pytest.mark.parametrize("channel", [False, True], ids=["head", "channel"])
+def test_no_race_and_nothing_read_before_it_is_written(channel):
+    check_strictly(channel)
+
+
+MUTANTS = {
+    "state not initialised": ("_forward_kernel", "state[here] = state0_ref[...]", "pass"),
+    "gradient of the state not initialised": ("_backward_kernel", "dstate[here] = dstate_ref[...]", "pass"),
+    "products of the first chunk alone": ("_forward_kernel", "@pl.when(j == 0)", "@pl.when(c == 0)"),
+    "sums not zeroed": ("_backward_kernel", "dq[...] = jnp.zeros_like(dq)", "pass"),
+    "chunks walked in the wrong order": ("backward", "last_first=True", "last_first=False"),
+    "state of another head": (
+        "_forward_kernel", "state[j * plan.heads + h] = next", "state[j * plan.heads + h + 1] = next"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bugs_are_caught(name, monkeypatch):
+    function, old, new = MUTANTS[name]
+    source = inspect.getsource(getattr(tpu, function))
+    assert source.count(old) == 1
+    space = dict(vars(tpu))
+    exec(source.replace(old, new), space)
+    monkeypatch.setattr(tpu, function, space[function])
+    with pytest.raises((AssertionError, IndexError, ValueError, jax.errors.JaxRuntimeError)):
+        check_strictly(backward="backward" in function)
+
+
+def test_chunks_marked_parallel_are_caught(monkeypatch):
+    monkeypatch.setattr(tpu, "SEMANTICS", ("parallel", "parallel", "parallel", "arbitrary"))
+    check(False, True)  # the fast interpreter sees nothing
+    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
+        check_strictly(backward=False)
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from pallas_kernels import dispatch, ssd
+
+def run(implementation):
+    def f(q, k, v, g):
+        return jnp.sum(jnp.sin(ssd(q, k, v, g, chunk=16, implementation=implementation)[0]))
+    return jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2, 3)))
+
+rng = np.random.default_rng(0)
+for K, channel in ((1, False), (2, True)):
+    q, k = rng.standard_normal((2, 2, 20, K, 4)).astype(np.float32)
+    v = rng.standard_normal((2, 20, 4, 3)).astype(np.float32)
+    g = -rng.random((2, 20, 4, 4)[: 3 + channel]).astype(np.float32)
+    want = run("xla_chunked")(q, k, v, g)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
+        heads, shared = P("data", None, "model"), P("data", None, "model" if K > 1 else None)
+        with jax.set_mesh(mesh), dispatch.interpret():
+            put = [jax.device_put(x, NamedSharding(mesh, s))
+                   for x, s in zip((q, k, v, g), (shared, shared, heads, heads))]
+            step = run("pallas_tpu")
+            got = step(*put)
+            text = step.lower(*put).compile().as_text()
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        assert "all-gather" not in text
+        assert got[1][2].sharding.spec[2] == "model"
+print("sharded agree")
+"""
+
+
+def test_sharded_over_batch_and_heads_nothing_is_gathered():
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    root = Path(__file__).parents[2]
+    out = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, env=env, cwd=root)
+    assert out.returncode == 0, out.stderr[-3000:]
+    assert "sharded agree" in out.stdout
+
+
+# Mamba-2 (one query-key head for all), one decay a head, gated linear attention: B, T, K, N, D, E, channel;
+# and the memory that forward and gradient may take beside their arguments and results, in MiB.
+REAL = {
+    "mamba": ((1, 4096, 1, 32, 128, 64, False), 4, 48),
+    "heads": ((1, 4096, 16, 16, 128, 128, False), 4, 104),
+    "channels": ((1, 4096, 16, 16, 128, 128, True), 4, 136),
+}
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("generation", dispatch.GENERATIONS)
+def test_compiles_for_tpu_within_its_memory(generation, name):
+    (B, T, K, N, D, E, channel), forward, gradient = REAL[name]
+    shapes = [(B, T, K, D), (B, T, K, D), (B, T, N, E)]
+    shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes]
+    shapes.append(jax.ShapeDtypeStruct((B, T, N, D) if channel else (B, T, N), jnp.float32))
+
+    def o(*arrays):
+        return ssd(*arrays)[0]
+
+    grad = jax.grad(lambda *a: jnp.sum(o(*a).astype(jnp.float32)), argnums=range(4))
+    for f, calls, budget in ((o, 1, forward), (grad, 2, gradient)):
+        compiled = aot.compile_tpu(f, *shapes, generation=generation)
+        assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == calls
+        assert compiled.memory_analysis().temp_size_in_bytes <= budget * 2**20
+
+
+@pytest.mark.parametrize("T,chunk", [(1, 16), (37, 16), (64, 32)])
+def test_pairs_are_counted_one_by_one(T, chunk):
+    one_by_one = sum(s <= t and s // chunk == t // chunk for s, t in itertools.product(range(T), repeat=2))
+    assert cost.pairs(T, chunk) == one_by_one
+
+
+def test_flops_and_bytes_of_a_case_by_hand():
+    sizes = {"B": 1, "T": 2, "K": 1, "N": 3, "D": 5, "E": 7, "chunk": 2, "channel": False, "itemsize": 2}
+    # three pairs: one q k^T for all heads, A v a head; q S and v^T k for each token and head
+    assert cost.forward(**sizes).flops == 2 * (3 * 5 + 3 * 7 * 3 + 2 * 2 * 3 * 5 * 7)
+    q, v, g, state = 2 * 5 * 2, 2 * 3 * 7 * 2, 2 * 3 * 4, 3 * 5 * 7 * 4
+    assert cost.forward(**sizes).floor_bytes == 2 * q + 2 * v + g + 2 * state
+    assert cost.forward(**sizes).bytes == 2 * q + 2 * v + 4 * g + 2 * state
+    assert cost.backward(**sizes).floor_bytes == 4 * q + 3 * v + 2 * g + 3 * state
+    per_channel = cost.forward(**sizes | {"channel": True})
+    assert per_channel.flops == 2 * (3 * (5 + 7) * 3 + 2 * 2 * 3 * 5 * 7)
+    assert per_channel.bytes == per_channel.floor_bytes
+
+
+def test_the_bytes_stated_are_those_of_the_grid():
+    """Each block is moved where its index differs from the step before."""
+    q, v, g = (jnp.zeros(s, jnp.bfloat16) for s in ((2, 80, 2, 8), (2, 80, 8, 6), (2, 80, 8)))
+    p = tpu._Plan(q, v, g.astype(jnp.float32), OPTIONS._replace(heads=2))
+    q_and_k = 2 * moved(p, p.key_spec(), 2)
+    v_and_o = 2 * moved(p, p.value_spec(p.E), 2)
+    decay = sum(moved(p, s, 4) for s in p.decay_specs())
+    states = moved(p, p.state_spec(at=0), 4) + moved(p, p.state_spec(at=p.n - 1), 4)
+    assert q_and_k + v_and_o + decay + states == cost.forward(**p.sizes()).bytes
+
+
+def moved(p, spec, itemsize):
+    size = int(np.prod([n for n in spec.block_shape if n is not None])) * itemsize
+    before, total = None, 0
+    for at in itertools.product(*(range(n) for n in (p.B, p.K, p.n, p.J))):
+        index = tuple(int(i) for i in spec.index_map(*at))
+        total += size * (index != before)
+        before = index
+    return total
