@@ -63,7 +63,7 @@ SHAPES = [(2, 37, 2, 4, 8, 6, 16), (1, 1, 1, 1, 4, 3, None), (1, 64, 1, 3, 5, 16
 
 @pytest.mark.parametrize("implementation", BOTH)
 @pytest.mark.parametrize("channel", [False, True], ids=["head", "channel"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES[:2], pytest.param(SHAPES[2], marks=pytest.mark.slow)], ids=str)
 def test_equals_float64_in_value_and_every_gradient(shape, channel, implementation):
     *sizes, chunk = shape
     arrays = make(*sizes, channel=channel)
@@ -99,6 +99,7 @@ def test_bfloat16(channel, implementation):
         assert error < 0.01, error
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     st.booleans(), st.sampled_from(BOTH), st.integers(0, 10**6), st.floats(1e-4, 60.0),
@@ -177,17 +178,16 @@ def test_under_vmap_remat_and_scan(implementation):
         agree(gradients(in_parts), gradients(loss), FLOAT32, ("dq", "dk", "dv", "dlog_decay", "dstate0"))
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_tokens_not_their_square():
-    def temporary(T):
-        def shape(*s):
-            return jax.ShapeDtypeStruct(s, jnp.float32)
+    def shape(*s):
+        return jax.ShapeDtypeStruct(s, jnp.float32)
 
-        x = shape(1, T, 2, 32)
-        f = jax.grad(lambda q, k, v, g: ssd(q, k, v, g, implementation="xla_chunked")[0].sum(), range(4))
-        return jax.jit(f).lower(x, x, x, shape(1, T, 2)).compile().memory_analysis().temp_size_in_bytes
-
-    assert temporary(8192) < 2.1 * temporary(4096)
-    assert temporary(4096) < 10 * (4 * 4096 * 2 * 32)  # ten arrays like q; the squares would be 512
+    x = shape(1, 4096, 2, 32)
+    f = jax.grad(lambda q, k, v, g: ssd(q, k, v, g, implementation="xla_chunked")[0].sum(), range(4))
+    program = jax.jit(f).lower(x, x, x, shape(1, 4096, 2)).compile()
+    # ten arrays like q; one of all pairs of tokens would be 128 of them
+    assert program.memory_analysis().temp_size_in_bytes < 10 * (4 * 4096 * 2 * 32)
 
 
 ERRORS = [

@@ -28,12 +28,12 @@ STRICT = {"detect_races": True, "uninitialized_memory": "nan", "num_cores_or_thr
 OPTIONS = Options(scale=1.0, chunk=16, heads=1)
 
 
-def check(channel, mode, backward=True):
-    """Small, with two blocks of heads in a query-key head and two chunks, the second ragged.
+def check(channel, mode, backward=True, T=20):
+    """Small, with two blocks of heads in a query-key head and chunks of which the last is ragged.
 
     The kernels alone: the strict interpreter does not run where ``per_shard`` asks the partitioner.
     """
-    arrays = make(1, 20, 2, 4, 4, 3, channel=channel)
+    arrays = make(1, T, 2, 4, 4, 3, channel=channel)
     oracle = exact(arrays)
     arrays[3] = np.maximum(arrays[3], decay_sums.LOWEST)
 
@@ -46,8 +46,8 @@ def check(channel, mode, backward=True):
         agree(jax.jit(run)(*arrays), oracle[:n], FLOAT32, NAMES[:n])
 
 
-def check_strictly(channel=False, backward=True):
-    check(channel, pltpu.InterpretParams(**STRICT), backward)
+def check_strictly(channel=False, backward=True, T=20):
+    check(channel, pltpu.InterpretParams(**STRICT), backward, T)
     assert not interpret_pallas_call.races.races_found, "a race between two cores"
 
 
@@ -84,7 +84,7 @@ def test_chunks_marked_parallel_are_caught(monkeypatch):
     monkeypatch.setattr(tpu, "SEMANTICS", ("parallel", "parallel", "parallel", "arbitrary"))
     check(False, True)  # the fast interpreter sees nothing
     with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
-        check_strictly(backward=False)
+        check_strictly(backward=False, T=52)
 
 
 SHARDED = """
