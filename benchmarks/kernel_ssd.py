@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -147,22 +148,27 @@ def compiled(name: str, generation: str) -> dict:
 
 def measure(quick: bool) -> list[dict]:
     """The CPU rows."""
-    lengths = (1024, 2048) if quick else (1024, 2048, 4096, 8192, 16384)
-    rows = []
-    for T in lengths:
+    return list(_on_cpu(quick))
+
+
+def _on_cpu(quick: bool):
+    for T in (1024, 2048) if quick else (1024, 2048, 4096, 8192, 16384):
         for name in OTHERS:
             for backward in (False, True):
-                if LONGEST[name] // (1 + backward) >= T:
-                    rows.append(compare(name, T, backward, turns=3 if quick else 5))
-    return rows
+                if LONGEST[name][backward] >= T:
+                    yield compare(name, T, backward, turns=3 if quick or T > 4096 else 5)
 
 
 def measure_tpu(quick: bool) -> list[dict]:
     """The TPU rows; none where libtpu is not installed."""
-    if importlib.util.find_spec("libtpu") is None:
-        return []
-    generations = ("v5e",) if quick else dispatch.GENERATIONS
-    return [compiled(name, g) for g in generations for name in TPU_CASES]
+    return list(_for_tpu(quick))
+
+
+def _for_tpu(quick: bool):
+    if importlib.util.find_spec("libtpu") is not None:
+        for generation in ("v5e",) if quick else dispatch.GENERATIONS:
+            for name in TPU_CASES:
+                yield compiled(name, generation)
 
 
 def main():
@@ -170,8 +176,8 @@ def main():
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--no-tpu", action="store_true")
     args = parser.parse_args()
-    for row in measure(args.quick) + ([] if args.no_tpu else measure_tpu(args.quick)):
-        print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}))
+    for row in itertools.chain(_on_cpu(args.quick), () if args.no_tpu else _for_tpu(args.quick)):
+        print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ class _Sizes:
         self.decay_gradient = 4 * B * padded * N * (D if channel else 2)
         self.decay_once = 4 * B * T * N * (D if channel else 1)
         self.state = 4 * B * N * D * E
-        self.starts = chunks * self.state
+        self.starts = chunks * B * N * D * E * itemsize
         q, v = B * T * K * D * itemsize, B * T * N * E * itemsize
         self.floor_forward = 2 * q + 2 * v + self.decay_once + 2 * self.state
         self.floor_backward = 4 * q + 3 * v + 2 * self.decay_once + 3 * self.state

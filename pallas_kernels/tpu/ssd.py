@@ -198,7 +198,7 @@ def backward(q_BTKD, k_BTKD, v_BTNE, g, state0_BNDE, do_BTNE, dstate_BNDE, *, op
         _starts_kernel,
         [p.key_spec(), p.value_spec(p.E), *p.decay_specs(), p.state_spec(at=0)],
         p.start_spec(),
-        p.shape((p.B, p.K, p.n, p.G, p.E, p.D), jnp.float32),
+        p.shape((p.B, p.K, p.n, p.G, p.E, p.D), p.dtype),
         [p.scratch(p.G, p.E, p.D)],
         cost.starts(**p.sizes()),
     )(k, v, *decay, p.states(state0_BNDE))
@@ -266,7 +266,7 @@ def _starts_kernel(k_ref, v_ref, *refs, plan):
 
     for h in range(plan.heads):
         S = state[j * plan.heads + h]
-        starts_ref[h] = S
+        starts_ref[h] = S.astype(starts_ref.dtype)  # in which products read it
         state[j * plan.heads + h] = next_state(k, v_ref[h], _head_decay(decay_refs, h, plan), S)
 
 
