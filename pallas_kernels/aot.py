@@ -36,6 +36,7 @@ def tpu_topology(name: str):
       ValueError: no such slice.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server to ask off Google Cloud
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device is opened: processes may share it
     name = TPU_SLICES.get(name, name)
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name)
