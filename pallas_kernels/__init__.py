@@ -8,6 +8,7 @@ import types
 _HOMES = {
     "dot_product_attention": "attention",
     "linear_cross_entropy": "linear_cross_entropy",
+    "mlstm": "mlstm",
     "ssd": "ssd",
 }
 __all__ = list(_HOMES)
