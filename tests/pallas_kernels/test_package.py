@@ -1,5 +1,6 @@
 """The package's names: functions, found lazily, and costs without JAX."""
 
+import re
 import subprocess
 import sys
 import types
@@ -34,3 +35,13 @@ def test_costs_need_no_jax():
     imports = "; ".join(f"import pallas_kernels.cost.{n}" for n in names)
     code = f"{imports}; import sys; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=folder.parents[1])
+
+
+def test_the_page_on_kernels_runs_and_lists_every_function():
+    page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(code, names)
+    assert names["out"].shape == names["q"].shape and names["lse"].shape == (2, 64, 4)
+    listed = set(re.findall(r"^\| `(\w+)` \|", page, re.M))
+    assert listed == set(pallas_kernels.__all__)
