@@ -141,12 +141,14 @@ def _check(q, k, v, beta, log_decay, state0, segment_ids, chunk):
         raise ValueError(f"k has shape {k.shape}; it must be that of q, {q.shape}")
     B, T, N, E = v.shape
     if q.shape[:2] != (B, T):
-        raise ValueError(f"v has shape {v.shape}; its batch and tokens must be those of q, {q.shape[:2]}")
-    if N % q.shape[2]:
         hint = ""
-        if N == T and beta.shape[1:] == q.shape[2:0:-1]:
+        if q.shape[2] == N:
             hint = " (q, k and v look like batch-head-token-channel: swap axes 1 and 2)"
-        raise ValueError(f"v has {N} heads; they must be a multiple of q's {q.shape[2]}{hint}")
+        raise ValueError(
+            f"v has shape {v.shape}; its batch and tokens must be those of q, {q.shape[:2]}{hint}"
+        )
+    if N % q.shape[2]:
+        raise ValueError(f"v has {N} heads; they must be a multiple of q's {q.shape[2]}")
     for name, x, shape in (
         ("beta", beta, (B, T, N)),
         ("log_decay", log_decay, (B, T, N)),
