@@ -1,17 +1,13 @@
 """The gated delta rule on TPU: chunks in order, the state of a few heads in VMEM.
 
-A step takes one chunk of some heads of one row; their solves do not wait for one another. The triangular
-matrix I + L is inverted by joining: the inverse of two diagonal blocks and what is between them give the
-inverse of both, from blocks of 1 to the whole chunk. Every intermediate is an inverse of a part of I + L,
-so nothing grows that the answer does not have (a product of powers of L grows like binomials where keys
-repeat). Backward: chunks in reverse, each differentiated from its own state, inside the kernel.
+A step takes one chunk of some heads of one row; their solves do not wait for one another. Backward: chunks
+in reverse, each differentiated from its own state, inside the kernel.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -106,7 +102,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, numbers_ref, S0_ref, o_ref, state_ref, 
             ref[0, 0, h] = S
         tokens = (_head(ref, h, heads) for ref in (q_ref, k_ref, v_ref))
         numbers = (numbers_ref[0, h, 0, i : i + 1] for i in range(3))
-        o, S_ref[h] = delta_chunk.chunk(S, *tokens, *numbers, scale=scale, solve=solve)
+        o, S_ref[h] = delta_chunk.chunk(S, *tokens, *numbers, scale=scale)
         _set_head(o_ref, h, heads, o)
 
     @pl.when(c == pl.num_programs(2) - 1)
@@ -129,7 +125,7 @@ def _backward_kernel(
         beta, log_decay, reset = (numbers_ref[0, h, 0, i : i + 1] for i in range(3))
 
         def step(S, q, k, v, beta, log_decay, reset=reset):
-            return delta_chunk.chunk(S, q, k, v, beta, log_decay, reset, scale=scale, solve=solve)
+            return delta_chunk.chunk(S, q, k, v, beta, log_decay, reset, scale=scale)
 
         _, pull = jax.vjp(step, start_ref[0, 0, h], *tokens, beta, log_decay)
         do = _head(do_ref, h, heads).astype(jnp.float32)
@@ -143,47 +139,6 @@ def _backward_kernel(
     @pl.when(c == pl.num_programs(2) - 1)
     def _():
         dS0_ref[0] = dS_ref[...]
-
-
-@jax.custom_vjp
-def solve(L, R):
-    """U of (I + L) U = R, L strictly lower."""
-    return _solve_forward(L, R)[0]
-
-
-def _solve_forward(L, R):
-    T = inverse(L)
-    U = _matmul(T, R, ((1,), (0,)))
-    return U, (T, U)
-
-
-def _solve_backward(kept, dU):
-    T, U = kept
-    dR = _matmul(T, dU, ((0,), (0,)))
-    return -_matmul(dR, U, ((1,), (1,))), dR
-
-
-solve.defvjp(_solve_forward, _solve_backward)
-
-
-def inverse(L):
-    """(I + L)^-1 for L [C, C] strictly lower, by blocks of 1, 2, 4 ... joined in pairs."""
-    C = L.shape[0]
-    row, col = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
-    T = jnp.where(row == col, 1.0, 0.0).astype(L.dtype)
-    level = 0
-    while 1 << level < C:
-        pair = (row >> (level + 1) == col >> (level + 1)) & (row >> level != col >> level)
-        between = jnp.where(pair, L, 0)
-        T = T - (_matmul(T, _matmul(between, T, ((1,), (0,))), ((1,), (0,))) if level else between)
-        level += 1
-    return T
-
-
-def _matmul(a, b, contract):
-    return lax.dot_general(
-        a, b, (contract, ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=a.dtype
-    )
 
 
 def _head(ref, h, heads):

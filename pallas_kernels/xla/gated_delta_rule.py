@@ -47,16 +47,12 @@ def backward(q, k, v, beta, log_decay, reset, starts, do, dstate, *, scale, chun
 
 def _over_heads(scale):
     """``delta_chunk.chunk`` over batch and heads; numbers of a token are [B, N, C]."""
-    one = functools.partial(delta_chunk.chunk, scale=scale, solve=_solve)
+    one = functools.partial(delta_chunk.chunk, scale=scale)
 
     def flat(S, q, k, v, beta, log_decay, reset):
         return one(S, q, k, v, beta[None], log_decay[None], reset[None])
 
     return jax.vmap(jax.vmap(flat))
-
-
-def _solve(L, R):
-    return lax.linalg.triangular_solve(L, R, left_side=True, lower=True, unit_diagonal=True)
 
 
 def _per_head(reset_BT, q):

@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import dispatch, gated_delta_rule
+from pallas_kernels import delta_chunk, dispatch, gated_delta_rule
 from pallas_kernels.reference import gated_delta_rule as reference
-from pallas_kernels.tpu import gated_delta_rule as tpu
 
 NAMES = ("xla_chunked", "pallas_tpu")
 # Values near 1, each the sum of up to 100 products carried along at most 100 tokens: some 1e-6 of rounding
@@ -170,7 +169,7 @@ def test_the_inverse_where_powers_of_it_fail():
     C = 64
     L = np.tril(np.ones((C, C), np.float32), -1)
     with jax.default_matmul_precision("highest"):
-        got = np.asarray(tpu.inverse(jnp.asarray(L)))
+        got = np.asarray(delta_chunk.inverse(jnp.asarray(L)))
         powers, product = -jnp.asarray(L), jnp.eye(C)
         while np.any(powers):
             product = product + product @ powers
@@ -180,7 +179,7 @@ def test_the_inverse_where_powers_of_it_fail():
     for C in (1, 16, 48):
         L = np.tril(np.random.default_rng(C).standard_normal((C, C)), -1).astype(np.float32) / 4
         want = np.linalg.inv(np.eye(C) + L.astype(np.float64))
-        np.testing.assert_allclose(tpu.inverse(jnp.asarray(L)), want, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(delta_chunk.inverse(jnp.asarray(L)), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("implementation", NAMES)
@@ -253,7 +252,7 @@ def test_memory_grows_with_tokens_by_chunks():
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from pallas_kernels import dispatch, gated_delta_rule
+from pallas_kernels import delta_chunk, dispatch, gated_delta_rule
 
 rng = np.random.default_rng(0)
 q, k, v = (rng.standard_normal((4, 20, 2, 8)).astype(np.float32) / 3 for _ in range(3))

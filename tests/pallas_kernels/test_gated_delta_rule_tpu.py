@@ -2,14 +2,16 @@
 
 import functools
 import importlib.util
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.interpreters import partial_eval
 
-from pallas_kernels import aot, dispatch, gated_delta_rule
+from pallas_kernels import aot, delta_chunk, dispatch, gated_delta_rule
 from pallas_kernels.cost import gated_delta_rule as cost
 from pallas_kernels.reference import gated_delta_rule as reference
 from pallas_kernels.tpu import gated_delta_rule as tpu
@@ -130,26 +132,37 @@ def test_planted_bugs_are_caught(mutant, monkeypatch):
     assert caught
 
 
+def multiply_adds(jaxpr):
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted,), _ = eqn.params["dimension_numbers"][0]
+            total += eqn.invars[0].aval.shape[contracted] * math.prod(eqn.outvars[0].aval.shape)
+        for inner in eqn.params.values():
+            inner = getattr(inner, "jaxpr", inner)
+            total += multiply_adds(inner) if hasattr(inner, "eqns") else 0
+    return total
+
+
 def test_cost_counted_from_the_products_of_a_chunk():
-    """Matrix products in the derivation's own trace: of the chunk, and of it and its derivative."""
-    C, D, E = 32, 128, 256
-    numbers = [jax.ShapeDtypeStruct((1, C), jnp.float32)] * 3
-    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((D, E), (C, D), (C, D), (C, E))]
-    step = functools.partial(tpu.delta_chunk.chunk, scale=1.0, solve=tpu.solve)
+    """Matrix products in the trace of a chunk, and in that of its derivative but for what nothing needs."""
+    C, D, E = 64, 128, 256
+    arrays = [jnp.zeros(s) for s in ((D, E), (C, D), (C, D), (C, E), (1, C), (1, C))]
+    reset = jnp.zeros((1, C))
 
-    def multiply_adds(f, *args):
-        total = 0
-        for eqn in jax.make_jaxpr(f)(*args).eqns:
-            for inner in [eqn, *getattr(getattr(eqn.params.get("call_jaxpr"), "jaxpr", None), "eqns", ())]:
-                if inner.primitive.name == "dot_general":
-                    (a,), _ = inner.params["dimension_numbers"][0]
-                    shape = inner.invars[0].aval.shape
-                    total += shape[a] * shape[1 - a] * inner.outvars[0].aval.shape[1]
-        return total
+    def step(*a):
+        return delta_chunk.chunk(*a, reset, scale=1.0)
 
-    sizes = {"B": 2, "T": 4 * C, "N": 3, "D": D, "E": E}
-    forward = cost.forward(**sizes, chunk=C, itemsize=4, keep=False)
-    assert forward["flops"] == 2 * 2 * 4 * 3 * multiply_adds(step, *shapes, *numbers)
+    def backward(do, dstate, *a):
+        return jax.vjp(step, *a)[1]((do, dstate))
+
+    sizes = {"B": 2, "T": 4 * C, "N": 3, "D": D, "E": E, "chunk": C, "itemsize": 4}
+    chunks = 2 * 4 * 3
+    forward = jax.make_jaxpr(step)(*arrays).jaxpr
+    assert cost.forward(**sizes, keep=False)["flops"] == 2 * chunks * multiply_adds(forward)
+    trace = jax.make_jaxpr(backward)(arrays[3], arrays[0], *arrays).jaxpr
+    needed, _ = partial_eval.dce_jaxpr(trace, [True] * 6)
+    assert cost.backward(**sizes)["flops"] == 2 * chunks * multiply_adds(needed)
 
 
 @pytest.mark.aot
