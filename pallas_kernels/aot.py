@@ -1,6 +1,6 @@
 """Compiling for a TPU or GPU that is not here: real compilers, no device.
 
-TPU needs ``libtpu`` (the extra ``tpu``), GPU the CUDA plugin of JAX and ptxas (the extra ``cuda``); both
+TPU needs ``libtpu`` (the extra ``tpu``), GPU the CUDA plugin of JAX and ptxas (the extra ``aot-gpu``); both
 run on a CPU machine. Set ``JAX_PLATFORMS=cpu`` so that JAX does not look for the device itself.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pathlib
 from collections.abc import Callable
 
 import jax
@@ -63,16 +64,39 @@ def compile_tpu(function: Callable, *shapes, generation: str = "v5e", **jit_opti
         return _compile(function, shapes, tpu_topology(generation).devices[0], "tpu", jit_options)
 
 
+# Descriptions of GPUs that come with the package, by file name.
+GPU_TARGETS = pathlib.Path(__file__).parent / "gpu" / "targets"
+
+
 @functools.cache
-def gpu_topology(target_config: str):
-    """Topology of one GPU described by a text proto of XLA's ``GpuTargetConfigProto``."""
-    return topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=target_config, topology="1x1x1"
-    )
+def gpu_topology(target_config: str = "h100"):
+    """Topology of one GPU: a name such as ``h100``, or the text of XLA's ``GpuTargetConfigProto``.
+
+    Raises:
+      RuntimeError: JAX's CUDA plugin is not installed.
+      ValueError: no such name.
+    """
+    if target_config.isidentifier():
+        known = {path.stem: path for path in sorted(GPU_TARGETS.glob("*.txtpb"))}
+        if target_config not in known:
+            raise ValueError(f"GPU {target_config!r} is not known; GPUs: {', '.join(known)}")
+        target_config = known[target_config].read_text()
+    try:
+        return topologies.get_topology_desc(
+            platform="cuda", topology_name="", target_config=target_config, topology="1x1x1"
+        )
+    except NotImplementedError as e:  # where no plugin has registered the platform
+        raise RuntimeError(
+            "JAX's CUDA plugin is not installed, or JAX_PLATFORMS is not set to cpu on a machine without a "
+            "GPU; pip install 'scaling[aot-gpu]' brings the plugin"
+        ) from e
 
 
-def compile_gpu(function: Callable, *shapes, target_config: str):
-    """``jax.jit(function)`` compiled for the GPU that ``target_config`` describes; see ``compile_tpu``."""
+def compile_gpu(function: Callable, *shapes, target_config: str = "h100"):
+    """``jax.jit(function)`` compiled for the GPU that ``target_config`` names or describes.
+
+    Arguments and result as of ``compile_tpu``; kernels with ``implementation=None`` are those for CUDA.
+    """
     with dispatch.target("cuda"):
         return _compile(function, shapes, gpu_topology(target_config).devices[0], "cuda")
 

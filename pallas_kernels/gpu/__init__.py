@@ -1,0 +1,1 @@
+"""Implementations for NVIDIA GPUs: Mosaic GPU kernels (Hopper) and cuDNN."""
