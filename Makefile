@@ -16,8 +16,10 @@ quickstart: venv  ## plan, train, fit and report a small compute-optimal study (
 	@$(BIN)/scaling allocate $(STUDY) --budget 1e13
 	@$(BIN)/scaling report $(STUDY)
 
+# The interpreter of GPU kernels holds a thread of XLA for each warpgroup that waits: two cores give too few.
 test: venv lint  ## lint and every test
 	@$(BIN)/python -m pytest
+	@NPROC=16 $(BIN)/python -m pytest tests/pallas_kernels/test_gpu_attention.py
 
 test-fast: venv  ## the tests that take seconds
 	@$(BIN)/python -m pytest -m "not slow"

@@ -4,9 +4,6 @@ import json
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Threads of XLA:CPU. The interpreter of GPU kernels blocks one for each warpgroup that waits; on a machine of
-# two cores none is left for the one that all wait for.
-os.environ.setdefault("NPROC", "16")
 
 import numpy as np
 import pytest
