@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.gpu import linear_scan as gpu
 from pallas_kernels.tpu import linear_scan as tpu
 from pallas_kernels.xla import linear_scan as xla
 
@@ -15,6 +16,7 @@ IMPLEMENTATIONS = {
     "xla": dispatch.Implementation(xla.associative, xla.associative_backward),
     "xla_chunked": dispatch.Implementation(xla.in_place, xla.in_place_backward),
     "pallas_tpu": dispatch.Implementation(tpu.forward, tpu.backward, tpu.refuses),
+    "pallas_gpu": dispatch.Implementation(gpu.forward, gpu.backward, gpu.refuses),
 }
 
 
@@ -43,10 +45,10 @@ def linear_scan(
       segment_ids: int [B, T]; the state is zero again where the id differs from the token before (in the
         direction of the scan). ``h0`` belongs to the segment that is met first.
       implementation: None, ``"xla"`` (``lax.associative_scan``), ``"xla_chunked"`` (token by token in
-        place: fastest on a CPU), ``"pallas_tpu"``, or names in order of preference; a single name is taken
-        or refused, never replaced.
-      block_sizes: (tokens, features) of one step of a Pallas kernel, multiples of 8 and of 128; tuned per
-        TPU generation where None. The other implementations have no blocks.
+        place: fastest on a CPU), ``"pallas_tpu"``, ``"pallas_gpu"`` (Hopper), or names in order of
+        preference; a single name is taken or refused, never replaced.
+      block_sizes: (tokens, features) of one step of a Pallas kernel, multiples of 8 and of 128 (on a GPU 128
+        exactly); a default per platform where None. The other implementations have no blocks.
 
     Returns:
       (h, h_last): h [B, T, F] in the dtype of ``b``; h_last [B, F] the state after the last token met, in

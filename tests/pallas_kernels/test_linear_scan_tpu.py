@@ -225,7 +225,7 @@ for kind in (AxisType.Auto, AxisType.Explicit):
             out = jax.jit(run, static_argnums=0)(name, *placed)
             check([np.asarray(x) for x in out], exact(*arrays, ids=ids), rtol=2e-5, atol=2e-5)
             assert out[0].sharding.spec[0] == "data" and out[0].sharding.spec[2] == "model", out[0].sharding
-assert seen and set(seen) == {(1, 9, 128)}, seen
+    assert seen[-1] == (1, 9, 128), seen  # traced with whole shapes before, where the partitioner splits
 print("sharded scans agree")
 """
 
