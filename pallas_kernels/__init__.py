@@ -6,6 +6,7 @@ import types
 
 # Imported when first asked for: what each kernel costs can be had without JAX, from pallas_kernels.cost.
 _HOMES = {
+    "block_sparse_attention": "attention",
     "dot_product_attention": "attention",
     "gated_delta_rule": "gated_delta_rule",
     "linear_cross_entropy": "linear_cross_entropy",

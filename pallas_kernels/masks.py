@@ -31,3 +31,9 @@ def attention_mask(T, S, *, mask, is_causal, window, q_segment_ids, kv_segment_i
     for rule in rules:
         allowed = rule if allowed is None else allowed & rule
     return allowed
+
+
+def spread_blocks(block_mask, sizes, T, S):
+    """bool [B or 1, N or 1, blocks of T, blocks of S] to [B or 1, N or 1, T, S]."""
+    rows = jnp.repeat(block_mask, sizes[0], axis=2)[:, :, :T]
+    return jnp.repeat(rows, sizes[1], axis=3)[..., :S]

@@ -26,6 +26,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
+from pallas_kernels.cost import attention
+
 CONVENTIONS = ("exact", "full", "6N_total", "6N_nonembedding", "kaplan")
 
 
@@ -60,8 +62,8 @@ def pairs_per_token(seq: int, window: int | None) -> float:
       seq: row length T.
       window: keys a query sees, itself included; None for all before it.
     """
-    w = seq if window is None else min(window, seq)
-    return (w * (w + 1) / 2 + (seq - w) * w) / seq
+    window_pair = None if window is None else (window - 1, 0)
+    return attention.pairs(seq, seq, is_causal=True, window=window_pair) / seq
 
 
 def attention_entries(model: Mapping, seq: int) -> list[Entry]:
@@ -237,8 +239,8 @@ def memory_bytes(
     """An estimate of the memory of one training step on one device, scanned layers.
 
     Seen 19 % below to 33 % above what XLA:CPU sets aside for an AdamW step, over widths 64 to 256, 2
-    to 8 layers, both dtypes and all remat policies. The probabilities count in full, as the XLA path
-    keeps them.
+    to 8 layers, both dtypes and all remat policies. The probabilities count in full where attention
+    keeps them on a CPU (rows of up to 256 tokens), else a chunk of them.
 
     Args:
       model: a whole ``model`` section of a cell config (defaults may be left out).
@@ -260,25 +262,28 @@ def memory_bytes(
     width = 2 if model.get("dtype", "float32") == "bfloat16" else 4
     D, F, L = model["d_model"], model["ffn_dim"], model["layers"]
     q, kv = model["heads"] * model["head_dim"], model["kv_heads"] * model["head_dim"]
-    scores = model["heads"] * seq
+    in_full = seq * seq <= attention.FULL_LOGITS_ON_CPU
+    scores = model["heads"] * seq if in_full else 0
+    chunk = 0 if in_full else 4 * 4 * model["heads"] * attention.CHUNKS[0] * attention.CHUNKS[1] / seq
     # Bytes a token and layer: norms keep their input twice in float32 and their output once; queries
     # and keys likewise through their norm and rotation; SwiGLU keeps six arrays; the probabilities
-    # are float32, and once more in the compute dtype where that is another.
+    # are float32, and once more in the compute dtype where that is another. In chunks, attention keeps
+    # its output and log-sum-exp instead, and is at work on four arrays of one chunk.
     layer = (
         2 * (8 + width) * D
         + (8 + 2 * width) * q
         + (8 + 2 * width) * kv
         + 6 * width * F
-        + (4 if width == 4 else 6) * scores
+        + ((4 if width == 4 else 6) * scores if in_full else width * q + 4 * model["heads"])
     )
     kept = {"none": layer, "dots": width * (2 * D + q + 2 * kv + 2 * F), "full": width * D}
     if remat not in kept:
         raise ValueError(f"remat is {remat!r}; it must be one of {', '.join(map(repr, kept))}")
-    at_work = layer + 8 * scores
+    at_work = layer + 8 * scores + chunk
     return Memory(
         params=4 * n,
         gradients=4 * n,
         optimizer=4 * optimizer_slots * n,
-        activations=tokens * (L * kept[remat] + at_work),
+        activations=round(tokens * (L * kept[remat] + at_work)),
         logits=2 * 4 * tokens * model["vocab"],
     )

@@ -3,17 +3,20 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.masks import attention_mask
+from pallas_kernels.masks import attention_mask, spread_blocks
 
 
-def dot_product_attention(
-    q_BTNH, k_BSKH, v_BSKH, *, bias, mask, scale, is_causal, window,
-    q_segment_ids, kv_segment_ids, logits_soft_cap,
+def forward(
+    q_BTNH, k_BSKH, v_BSKH, bias, mask, q_segment_ids, kv_segment_ids, block_mask, *, options, with_lse=True
 ):  # fmt: skip
     """Attention in O(B N T S) memory; arguments already checked by the public function.
 
     Logits and softmax in float32 (float64 for float64 inputs), both matmuls on the input dtype.
+    Returns the output and, ``with_lse``, the log-sum-exp [B, T, N]; differentiation is JAX's.
     """
+    scale, logits_soft_cap = options.scale, options.logits_soft_cap
+    if block_mask is not None:
+        mask = spread_blocks(block_mask, options.block_sizes, q_BTNH.shape[1], k_BSKH.shape[1])
     (B, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
     G = N // K
     dtype = jnp.promote_types(q_BTNH.dtype, jnp.float32)
@@ -25,7 +28,7 @@ def dot_product_attention(
     if bias is not None:
         logits = logits + _group_heads(bias, K, G).astype(dtype)
     allowed = attention_mask(
-        T, S, mask=mask, is_causal=is_causal, window=window,
+        T, S, mask=mask, is_causal=options.is_causal, window=options.window,
         q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids,
     )  # fmt: skip
     allowed = jnp.ones((1,) * 5, bool) if allowed is None else _group_heads(allowed, K, G)
@@ -34,7 +37,10 @@ def dot_product_attention(
     sees_itself = T <= S and mask is None and q_segment_ids is kv_segment_ids
     if not sees_itself:
         probs = jnp.where(allowed, probs, 0)
-    return jnp.einsum("bktgs,bskh->btkgh", probs.astype(v_BSKH.dtype), v_BSKH).reshape(B, T, N, H)
+    out = jnp.einsum("bktgs,bskh->btkgh", probs.astype(v_BSKH.dtype), v_BSKH).reshape(B, T, N, H)
+    if not with_lse:
+        return (out,)
+    return out, _masked_lse(logits, allowed).swapaxes(1, 2).reshape(B, T, N)
 
 
 def _group_heads(x_BNTS, K, G):
@@ -60,3 +66,14 @@ def _masked_softmax(logits, allowed):
 def _masked_softmax_jvp(primals, tangents):
     probs = _masked_softmax(*primals)
     return probs, probs * (tangents[0] - jnp.sum(probs * tangents[0], axis=-1, keepdims=True))
+
+
+def _masked_lse(logits, allowed):
+    """Log-sum-exp over the last axis of the logits allowed; -inf in a row with nothing allowed."""
+    lowest = jnp.finfo(logits.dtype).min
+    highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, where=allowed, initial=lowest, keepdims=True))
+    # Where first, so that what is not allowed has no gradient of NaN either.
+    weights = jnp.where(allowed, jnp.exp(jnp.where(allowed, logits - highest, 0)), 0)
+    total = jnp.sum(weights, axis=-1)
+    lse = highest[..., 0] + jnp.log(jnp.where(total == 0, 1, total))
+    return jnp.where(total == 0, -jnp.inf, lse)
