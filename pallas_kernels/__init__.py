@@ -7,9 +7,11 @@ import types
 # Imported when first asked for: what each kernel costs can be had without JAX, from pallas_kernels.cost.
 _HOMES = {
     "block_sparse_attention": "attention",
+    "causal_conv1d": "causal_conv1d",
     "dot_product_attention": "attention",
     "gated_delta_rule": "gated_delta_rule",
     "linear_cross_entropy": "linear_cross_entropy",
+    "linear_scan": "linear_scan",
     "mlstm": "mlstm",
     "ssd": "ssd",
 }

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from pallas_kernels import attention_checks as checks
 from pallas_kernels import dispatch
 from pallas_kernels.cost import attention as cost
+from pallas_kernels.gpu import attention as gpu
+from pallas_kernels.gpu import cudnn
 from pallas_kernels.tpu import attention as tpu
 from pallas_kernels.xla import attention as xla
 from pallas_kernels.xla import attention_chunked as chunked
@@ -17,10 +19,13 @@ from pallas_kernels.xla import attention_chunked as chunked
 # forward(q, k, v, bias, mask, q_segments, kv_segments, block_mask, *, options) -> out, lse
 # backward(the same, out, lse, dout, dlse, *, options) -> dq, dk, dv, dbias
 # refuses(as forward) -> a reason or None
+# Without a backward, JAX differentiates: forward(the same, with_lse=) -> (out, lse) or (out,)
 IMPLEMENTATIONS = {
     "xla": dispatch.Implementation(xla.forward),
     "xla_chunked": dispatch.Implementation(chunked.forward, chunked.backward),
     "pallas_tpu": dispatch.Implementation(tpu.forward, tpu.backward, tpu.refuses),
+    "pallas_gpu": gpu.IMPLEMENTATION,
+    "cudnn": cudnn.IMPLEMENTATION,
 }
 
 
@@ -73,9 +78,9 @@ def dot_product_attention(
       kv_segment_ids: int [B, S]; ``q_segment_ids`` where None and T == S.
       logits_soft_cap: c > 0: logits become c tanh(logits / c), before bias and masks.
       implementation: None, ``"xla"`` (logits in full, the only one with forward-mode derivatives),
-        ``"xla_chunked"``, ``"pallas_tpu"``, or names in order of preference; a single name is taken or
-        refused, never replaced. None is the kernel of the platform; on a CPU ``"xla_chunked"``,
-        or ``"xla"`` for rows of up to 256 tokens.
+        ``"xla_chunked"``, ``"pallas_tpu"``, ``"pallas_gpu"`` (Hopper), ``"cudnn"``, or names in order of
+        preference; a single name is taken or refused, never replaced. None is the kernel of the
+        platform; on a CPU ``"xla_chunked"``, or ``"xla"`` for rows of up to 256 tokens.
       block_sizes: (of queries, of keys) at a time, for implementations that work by blocks; one
         int for both; chosen where None.
       return_lse: whether to return the log-sum-exp as well.
@@ -194,14 +199,14 @@ def _run(name, implementation, options, arrays, return_lse):
         and (here is None or here.platform == "cpu")
     ):
         choice = _with_full_logits_on_cpu(choice, here)
-    if all(chosen != "xla" for _, chosen in choice):
+    if all(IMPLEMENTATIONS[chosen].backward for _, chosen in choice):
         out, lse = _attend(choice, options, *arrays)
         return (out, lse) if return_lse else out
 
     # XLA's own derivative keeps the probabilities, which the gradient shared by the others has no room for.
     def alone(name, *arrays):
-        if name == "xla":
-            return xla.forward(*arrays, options=options, with_lse=return_lse)
+        if not IMPLEMENTATIONS[name].backward:
+            return IMPLEMENTATIONS[name].forward(*arrays, options=options, with_lse=return_lse)
         out, lse = _attend((("any", name),), options, *arrays)
         return (out, lse) if return_lse else (out,)
 

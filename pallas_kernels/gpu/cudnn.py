@@ -40,7 +40,7 @@ def refuses(q, k, v, bias, mask, q_segments, kv_segments, block_mask, *, options
 
 
 def forward(q, k, v, bias, mask, q_segments, kv_segments, block_mask, *, options, with_lse=True):
-    """Output and, ``with_lse``, the log-sum-exp [B, T, N] float32.
+    """(output,) or, ``with_lse``, (output, log-sum-exp [B, T, N] float32).
 
     JAX rounds the log-sum-exp to the dtype of the queries and leaves its gradient out: what is returned has
     that precision, and asking for its gradient is an error.
@@ -57,7 +57,7 @@ def forward(q, k, v, bias, mask, q_segments, kv_segments, block_mask, *, options
         return_residual=with_lse,
     )
     if not with_lse:
-        return out
+        return (out,)
     out, lse = out
     return out, _without_gradient(lse.astype(jnp.float32), q, k)
 
