@@ -95,9 +95,9 @@ def gpu_topology(target_config: str = "h100"):
 def compile_gpu(function: Callable, *shapes, target_config: str = "h100"):
     """``jax.jit(function)`` compiled for the GPU that ``target_config`` names or describes.
 
-    Arguments and result as of ``compile_tpu``; kernels with ``implementation=None`` are those for CUDA.
+    Arguments and result as of ``compile_tpu``; where Hopper is named, ``implementation=None`` means its kernels.
     """
-    with dispatch.target("cuda"):
+    with dispatch.target("cuda", target_config if target_config in dispatch.HOPPER else None):
         return _compile(function, shapes, gpu_topology(target_config).devices[0], "cuda")
 
 

@@ -20,13 +20,16 @@ import jax
 
 # Every name the kernels know, whether or not a kernel has it yet.
 NAMES = ("xla", "xla_chunked", "pallas_tpu", "pallas_gpu", "cudnn")
-# What None stands for, in order of preference.
+# What None stands for, in order of preference. Lowering sees "cuda" and not which GPU, and the kernels are
+# for Hopper alone: on CUDA they are taken by name, or by a target that says which GPU.
 PREFERRED = {
     "tpu": ("pallas_tpu", "xla_chunked", "xla"),
-    "cuda": ("pallas_gpu", "xla_chunked", "xla"),
+    "cuda": ("xla_chunked", "xla"),
     "cpu": ("xla_chunked", "xla"),
 }
 GENERATIONS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+HOPPER = ("h100", "h200")
+KNOWN = {"tpu": GENERATIONS, "cuda": HOPPER, "cpu": ()}
 
 # Both take part in the keys of jit's caches: what was traced under one value is not reused under another.
 _target = jax.make_user_context(None)
@@ -35,7 +38,7 @@ _interpret = jax.make_user_context(False)
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A device that is compiled for: ``platform`` tpu, cuda or cpu; a TPU's ``generation`` where known."""
+    """A device that is compiled for: ``platform`` tpu, cuda or cpu; its ``generation`` where known."""
 
     platform: str
     generation: str | None = None
@@ -63,18 +66,18 @@ class Implementation:
 def target(platform: str, generation: str | None = None):
     """Within it ``implementation=None`` means the best one for ``platform``, whatever devices are here.
 
-    For ahead-of-time compilation; also the way to have block sizes tuned for one TPU generation.
+    For ahead-of-time compilation; also the way to have block sizes tuned for one TPU generation, and the
+    kernels for Hopper GPUs by default.
 
     Args:
       platform: tpu, cuda or cpu.
-      generation: for tpu: v4, v5e, v5p, v6e, tpu7x or None.
+      generation: v4, v5e, v5p, v6e or tpu7x of tpu; h100 or h200 of cuda; None where it may be any.
     """
     if platform not in PREFERRED:
         raise ValueError(f"platform is {platform!r}; it must be one of {', '.join(PREFERRED)}")
-    if generation is not None and (platform != "tpu" or generation not in GENERATIONS):
-        raise ValueError(
-            f"generation is {generation!r}; for tpu it is one of {', '.join(GENERATIONS)}, else None"
-        )
+    if generation is not None and generation not in KNOWN[platform]:
+        known = ", ".join(KNOWN[platform]) or "none"
+        raise ValueError(f"generation is {generation!r}; for {platform} it is one of: {known}; or None")
     with _target(Target(platform, generation)):
         yield
 
@@ -118,6 +121,7 @@ def choose(
     implementation: str | Sequence[str] | None,
     available: Mapping[str, Implementation],
     *arrays,
+    preferred: Mapping[str, Sequence[str]] = PREFERRED,
     **options,
 ) -> tuple[tuple[str, str], ...]:
     """The implementation for each platform, as ((platform, name), ...); "any" where one serves all.
@@ -128,6 +132,7 @@ def choose(
       kernel: the public name, for messages.
       implementation: the caller's.
       available: the kernel's implementations by name.
+      preferred: per platform, what None stands for.
       *arrays, **options: passed to each ``refuses``.
 
     Raises:
@@ -136,8 +141,11 @@ def choose(
     if implementation is None:
         here = current_target()
         if here is not None:
-            return (("any", _first(kernel, PREFERRED[here.platform], available, arrays, options)),)
-        picked = {p: _first(kernel, names, available, arrays, options) for p, names in PREFERRED.items()}
+            names = preferred[here.platform]
+            if here.generation in HOPPER:
+                names = ("pallas_gpu", *names)
+            return (("any", _first(kernel, names, available, arrays, options)),)
+        picked = {p: _first(kernel, names, available, arrays, options) for p, names in preferred.items()}
         if len(set(picked.values())) == 1:
             return (("any", picked["cpu"]),)
         return tuple(picked.items())

@@ -19,6 +19,9 @@ IMPLEMENTATIONS = {
     "pallas_gpu": dispatch.Implementation(gpu.forward, gpu.backward, gpu.refuses),
 }
 
+# token by token is quickest on a CPU and slowest where steps are cheap beside their start
+PREFERRED = {"tpu": ("pallas_tpu", "xla"), "cuda": ("xla",), "cpu": ("xla_chunked", "xla")}
+
 
 def linear_scan(
     a,
@@ -69,7 +72,9 @@ def linear_scan(
     resets = None if segment_ids is None else _resets(segment_ids, reverse)
     options = {"reverse": bool(reverse), "block_sizes": _block_sizes(block_sizes)}
     flat = a.reshape(B, T, F), b.reshape(B, T, F), h0.reshape(B, F), resets
-    choice = dispatch.choose("linear_scan", implementation, IMPLEMENTATIONS, *flat, **options)
+    choice = dispatch.choose(
+        "linear_scan", implementation, IMPLEMENTATIONS, *flat, preferred=PREFERRED, **options
+    )
     h, h_last = _linear_scan(*flat, choice, tuple(options.items()))
     return h.reshape(a.shape), h_last.reshape(B, *features)
 

@@ -59,6 +59,22 @@ def test_target_wins_over_the_platform_and_takes_part_in_jit_caching():
     assert float(jitted(x)[0]) == 2
 
 
+def test_kernels_for_hopper_are_taken_where_the_target_says_so():
+    has = PLUS | {"pallas_gpu": dispatch.Implementation(lambda x: x + 4)}
+    x = jnp.zeros(4)
+    assert dict(dispatch.choose("plus", None, has, x))["cuda"] == "xla_chunked"
+    with dispatch.target("cuda"):
+        assert dispatch.choose("plus", None, has, x) == (("any", "xla_chunked"),)
+    with dispatch.target("cuda", "h100"):
+        assert dispatch.choose("plus", None, has, x) == (("any", "pallas_gpu"),)
+
+
+def test_a_kernel_may_prefer_otherwise():
+    order = {"tpu": ("xla",), "cuda": ("xla",), "cpu": ("xla_chunked",)}
+    choice = dispatch.choose("plus", None, PLUS, jnp.zeros(4), preferred=order)
+    assert dict(choice) == {"tpu": "xla", "cuda": "xla", "cpu": "xla_chunked"}
+
+
 @pytest.mark.parametrize("wrong", [("gpu",), ("tpu", "v9"), ("cuda", "v5e")])
 def test_unknown_targets(wrong):
     with pytest.raises(ValueError, match="must be one of|is one of"), dispatch.target(*wrong):
