@@ -95,7 +95,7 @@ def gpu_topology(target_config: str = "h100"):
 def compile_gpu(function: Callable, *shapes, target_config: str = "h100"):
     """``jax.jit(function)`` compiled for the GPU that ``target_config`` names or describes.
 
-    Arguments and result as of ``compile_tpu``; where Hopper is named, ``implementation=None`` means its kernels.
+    Arguments and result as of ``compile_tpu``; by a Hopper GPU's name, None means its kernels.
     """
     with dispatch.target("cuda", target_config if target_config in dispatch.HOPPER else None):
         return _compile(function, shapes, gpu_topology(target_config).devices[0], "cuda")
