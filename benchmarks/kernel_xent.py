@@ -63,7 +63,7 @@ def on_cpu(quick: bool) -> list[dict]:
         }
         temp = {name: c.memory_analysis().temp_size_in_bytes for name, c in compiled.items()}
         ratios = {name: [] for name in losses}
-        for i in range(1 + (3 if quick else 7)):
+        for i in range(1 + (3 if quick else 5)):
             seconds = {}
             for name in sorted(losses, reverse=i % 2 == 1):
                 start = time.perf_counter()
