@@ -283,7 +283,7 @@ BAD = {
     "local_window_size is 2.5": lambda q, k, v: ((q, k, v), {"local_window_size": 2.5}),
     "logits_soft_cap is 0": lambda q, k, v: ((q, k, v), {"logits_soft_cap": 0}),
     "implementation is 'flash'": lambda q, k, v: ((q, k, v), {"implementation": "flash"}),
-    "does not have; it has 'xla'": lambda q, k, v: ((q, k, v), {"implementation": "cudnn"}),
+    "'cudnn': q has dtype float32": lambda q, k, v: ((q, k, v), {"implementation": "cudnn"}),
     "implementation is 'fast'": lambda q, k, v: ((q, k, v), {"implementation": ("xla", "fast")}),
     "implementation is ()": lambda q, k, v: ((q, k, v), {"implementation": ()}),
 }  # fmt: skip
