@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fits.laws import Law
+from fits.reading import numbers
 from fits.solve import PointFit
 from fits.table import BUDGET_WIDTH, Table, group_close
-from fits.table import _numbers as numbers
 
 if TYPE_CHECKING:
     from fits.fit import Fit

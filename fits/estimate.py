@@ -110,7 +110,7 @@ def fit_table(
     _write_rows(rows, problem, residual, ids, row_flags, point.weights_R)
     log_residual_R = np.array([rows.rows[i]["residual"] for i in rows.index])
     noise = seed_noise(rows, law.variables, log_residual_R, int(problem.free_K.sum()))
-    flags += noise_flags(noise)
+    flags += noise_flags(noise) + [checks.flag("text_numbers", note) for note in rows.notes]
     with np.errstate(all="ignore"):  # what overflows is written as null
         covariance = np.cov(draws.T).tolist() if len(draws) > len(law.parameters) else None
     data = {"hash": rows.hash, "rows": len(rows.rows), "columns": rows.columns, "units": rows.units}

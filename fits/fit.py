@@ -15,6 +15,8 @@ from fits.errors import FitError
 from fits.laws import COLUMN_OF, Law
 from fits.rowweights import describe_loss
 
+SHOWN = 12  # reasons, and rows of one reason, that are printed
+
 
 @dataclasses.dataclass
 class Fit:
@@ -163,8 +165,7 @@ class Fit:
                 f"seed noise {n['sd']:.2g} in log loss ({100 * n['level']:g} %: {low:.2g} to {high:.2g}), "
                 f"from {n['groups']} points run more than once"
             )
-        for reason, count in excluded_counts(self.rows).items():
-            lines.append(f"excluded: {count} because {reason}")
+        lines += excluded_lines(self.rows)
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -195,10 +196,18 @@ def _deviation(name: str, got: Mapping, fixed: Mapping) -> str:
     return f"{got['sd']:.3g}" if got["sd"] <= abs(got["estimate"]) else f"> {abs(got['estimate']):.3g}"
 
 
-def excluded_counts(rows: Sequence[Mapping]) -> dict[str, int]:
-    """Number of excluded rows by reason, the commonest first."""
-    counts: dict[str, int] = {}
+def excluded_lines(rows: Sequence[Mapping]) -> list[str]:
+    """What was left out, by reason, the commonest first, with the rows' numbers (from 0)."""
+    at: dict[str, list[int]] = {}
     for row in rows:
         if row["outcome"] == "excluded":
-            counts[row["reason"]] = counts.get(row["reason"], 0) + 1
-    return dict(sorted(counts.items(), key=lambda kv: -kv[1]))
+            at.setdefault(row["reason"], []).append(row["row"])
+    ordered = sorted(at.items(), key=lambda kv: -len(kv[1]))
+    lines = []
+    for reason, which in ordered[:SHOWN]:
+        listed = ", ".join(map(str, which[:SHOWN])) + (", ..." if len(which) > SHOWN else "")
+        lines.append(f"excluded: {len(which)} because {reason} (row{'s' * (len(which) > 1)} {listed})")
+    rest = sum(len(which) for _, which in ordered[SHOWN:])
+    if rest:
+        lines.append(f"excluded: {rest} more for {len(ordered) - SHOWN} other reasons; see the fit's rows")
+    return lines

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from fits.errors import FitError
+from fits.reading import counts, likely_columns, say_mapping
+from fits.reading import numbers as as_numbers
 
 CORE = ("params", "tokens", "flops", "loss")
 MORE = {"U": "unique_tokens", "S": "steps", "B": "batch_tokens"}  # read only for a law that needs them
@@ -33,6 +35,7 @@ class Table:
     Attributes:
       params, tokens, flops, loss: used rows. index: their positions in the input.
       more: further columns that the law needs, float64 [R], by our name.
+      notes: in words, what was read from text that is no plain number.
       extra: the other columns, used rows only. rows: one dict per input row, in input order.
       flops_from: "column flops" or "6 params tokens".
       hash: sha256 over the core columns of all input rows and which of them are used.
@@ -50,6 +53,7 @@ class Table:
     columns: dict[str, str]
     units: dict[str, float]
     more: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -101,19 +105,26 @@ def clean(
       FitError: a missing column, an unreadable rule, columns in the wrong units, or no usable row.
     """
     source = _as_columns(table)
-    columns = dict(columns or {})
+    columns = {ours: str(theirs).strip() for ours, theirs in (columns or {}).items()}
     _check_columns(source, columns, needs)
     n = len(next(iter(source.values())))
     wanted = [*CORE, *(c for c in MORE.values() if c in needs)]
     raw = {ours: source[columns.get(ours, ours)] for ours in wanted if columns.get(ours, ours) in source}
-    numbers = {name: _numbers(values) for name, values in raw.items()}
-    for name, unit in (*((c, token_unit) for c in IN_TOKENS), ("params", param_unit)):
+    units = {c: token_unit for c in IN_TOKENS} | {"params": param_unit}
+    for name, unit in units.items():
         if not (isinstance(unit, int | float) and math.isfinite(unit) and unit > 0):
             raise FitError(
                 f"the unit of {name} is {unit!r}; it must be a positive number, such as 1e9 for billions"
             )
-        if name in numbers:
-            numbers[name] = numbers[name] * unit
+    numbers, notes = {}, []
+    for name, values in raw.items():
+        if name == "loss":  # 3,215 may be a decimal comma
+            numbers[name] = as_numbers(values)
+            continue
+        numbers[name], spelled = counts(values, units.get(name, 1.0))
+        if spelled:
+            what = f"{values[spelled[0]]!r} (row {spelled[0]}) as {numbers[name][spelled[0]]:.6g}"
+            notes.append(f"{name}: {len(spelled)} values are text and were read as numbers, such as {what}")
     for name in CORE:
         numbers.setdefault(name, np.full(n, np.nan))
     flops_from = _fill_flops(numbers, columns.get("flops", "flops") if "flops" in raw else None)
@@ -137,14 +148,16 @@ def clean(
     names = {c: columns.get(c, c) for c in wanted if c in raw}
     units = {"params": float(param_unit), "tokens": float(token_unit)}
     return Table(**core, index=np.flatnonzero(used), extra=extra, rows=rows, flops_from=flops_from,
-                 hash="sha256:" + digest.hexdigest(), columns=names, units=units, more=more)  # fmt: skip
+                 hash="sha256:" + digest.hexdigest(), columns=names, units=units, more=more,
+                 notes=notes)  # fmt: skip
 
 
 def _fill_flops(numbers: dict[str, np.ndarray], column: str | None) -> str:
     """Puts 6 params tokens where the table gives no FLOPs; returns where they come from, in words."""
     given = numbers["flops"]
     blank = ~(np.isfinite(given) & (given > 0))
-    numbers["flops"] = np.where(blank, 6.0 * numbers["params"] * numbers["tokens"], given)
+    with np.errstate(over="ignore"):
+        numbers["flops"] = np.where(blank, 6.0 * numbers["params"] * numbers["tokens"], given)
     if column is None:
         return "6 params tokens"
     return f"column {column}" + (f" ({blank.sum()} blank rows: 6 params tokens)" if blank.any() else "")
@@ -152,13 +165,13 @@ def _fill_flops(numbers: dict[str, np.ndarray], column: str | None) -> str:
 
 def _as_columns(table: Any) -> dict[str, np.ndarray]:
     if hasattr(table, "columns") and hasattr(table, "__getitem__"):
-        names = [str(c) for c in table.columns]
+        names = [str(c).strip() for c in table.columns]
         if len(set(names)) < len(names):
             twice = next(c for c in names if names.count(c) > 1)
             raise FitError(f"the table has two columns named {twice!r}; names must be different")
-        out = {str(c): np.asarray(table[c]) for c in table.columns}
+        out = {name: np.asarray(table[c]) for name, c in zip(names, table.columns, strict=True)}
     elif isinstance(table, Mapping):
-        out = {str(c): np.atleast_1d(np.asarray(v)) for c, v in table.items()}
+        out = {str(c).strip(): np.atleast_1d(np.asarray(v)) for c, v in table.items()}
     else:
         raise FitError(
             f"the table is a {type(table).__name__}; it must be a DataFrame or a mapping of columns"
@@ -179,29 +192,24 @@ def _check_columns(source, columns, needs):
             raise FitError(
                 f"columns maps {ours} to {theirs!r}, which the table lacks{hint} it has {', '.join(source)}"
             )
-    for ours in needs:
-        if columns.get(ours, ours) not in source:
-            if ours == "flops" and all(columns.get(c, c) in source for c in ("params", "tokens")):
-                continue
-            raise FitError(
-                f"the table has no column {ours!r}; it has {', '.join(source)}. "
-                f"Say which one it is, for example columns={{{ours!r}: {next(iter(source))!r}}}"
-            )
-
-
-def _numbers(values: np.ndarray) -> np.ndarray:
-    """Float64, with NaN where a value is not a number."""
-    try:
-        return np.array(values, np.float64)
-    except (TypeError, ValueError):
-        pass
-    out = np.full(len(values), np.nan)
-    for i, value in enumerate(values):
-        try:
-            out[i] = float(value)
-        except (TypeError, ValueError):
-            continue
-    return out
+    missing = [c for c in needs if columns.get(c, c) not in source]
+    if "flops" in missing and all(columns.get(c, c) in source for c in ("params", "tokens")):
+        missing.remove("flops")
+    if missing:
+        taken = {columns.get(c, c) for c in needs}
+        found = likely_columns(missing, [c for c in source if c not in taken])
+        example = say_mapping({c: found.get(c, "ITS_NAME") for c in missing})
+        lacks = ", ".join(map(repr, missing[:-1])) + " or " * (len(missing) > 1) + repr(missing[-1])
+        which = "one it is" if len(missing) == 1 else "they are"
+        hint = ""
+        if missing == ["tokens"] and {"steps", "batch_tokens"} <= set(source):
+            hint = "; steps times batch_tokens would be the tokens of a run"
+        elif missing == ["tokens"] and columns.get("flops", "flops") in source:
+            hint = "; under C = 6 N D, flops / (6 params) would be the tokens of a run"
+        raise FitError(
+            f"the table has no column {lacks}; it has {', '.join(source)}. "
+            f"Say which {which}, for example {example}{hint}"
+        )
 
 
 def _exclusions(source, columns, numbers, raw, needs, exclude, n, wanted) -> list[str]:
@@ -214,7 +222,7 @@ def _exclusions(source, columns, numbers, raw, needs, exclude, n, wanted) -> lis
                 reasons[i] = words(i) if callable(words) else words
 
     if "kept" in source:
-        kept = _numbers(source["kept"])
+        kept = as_numbers(source["kept"])
         put(~(kept > 0), lambda i: f"kept = {source['kept'][i]}")
     status = columns.get("status", "status")
     if status in source:
@@ -274,7 +282,7 @@ def _check_units(numbers, used, has_flops: bool):
     if np.isfinite(params).all() and np.median(params) < SMALLEST_PARAMS:
         raise FitError(
             f"params has a median of {np.median(params):g}, which looks like millions or billions; "
-            "state the unit (param_unit=1e9 for billions)"
+            "state the unit (param_unit=1e9 or --param-unit 1e9 for billions)"
         )
     if both:
         ratio = float(np.median(tokens / params))
@@ -287,10 +295,12 @@ def _check_units(numbers, used, has_flops: bool):
             unit = "token_unit" if ratio < 1 else "param_unit"
             raise FitError(
                 f"tokens has a median of {np.median(tokens):g} against params of {np.median(params):g}, "
-                f"{ratio:.2g} tokens a parameter: {which}; state the unit ({unit}=1e9 for billions)"
+                f"{ratio:.2g} tokens a parameter: {which}; state the unit "
+                f"({unit}=1e9 or --{unit.replace('_', '-')} 1e9 for billions)"
             )
     if both and has_flops:
-        ratio = float(np.median(flops / (6.0 * params * tokens)))
+        with np.errstate(over="ignore"):
+            ratio = float(np.median(flops / (6.0 * params * tokens)))
         if not FLOPS_RATIO[0] <= ratio <= FLOPS_RATIO[1]:
             raise FitError(
                 f"flops has a median of {np.median(flops):g}, {ratio:.2g} times 6 params tokens; "
@@ -311,7 +321,7 @@ def find_budgets(table: Table) -> tuple[np.ndarray, np.ndarray]:
     Returns:
       Group number per used row, int [R], rising with compute, and each group's budget, [G].
     """
-    planned = _numbers(table.extra["budget"]) if "budget" in table.extra else np.full(len(table), np.nan)
+    planned = as_numbers(table.extra["budget"]) if "budget" in table.extra else np.full(len(table), np.nan)
     if np.isfinite(planned).all() and (planned > 0).all():
         groups = group_close(planned)
         return groups, np.array([planned[groups == g].mean() for g in np.unique(groups)])

@@ -229,7 +229,7 @@ def test_flags_come_first_and_every_exclusion_is_printed():
     lines = str(fit).splitlines()
     flags = [i for i, line in enumerate(lines) if line.startswith("flag: ")]
     assert flags == list(range(len(fit.flags))) and flags
-    assert "excluded: 3 because kept = False" in lines
+    assert "excluded: 3 because kept = False (rows 0, 1, 2)" in lines
     import io
 
     from rich.console import Console
