@@ -18,6 +18,8 @@ from fits.fit import Fit
 from fits.laws import LAWS, Law
 
 SCHEMA = 1
+SOUND = ("converged", "boundary")
+STATUSES = (*SOUND, "not identified", "unconverged")
 PLAIN = (
     "params", "status", "reasons", "flags", "intervals", "objective", "fixed", "method", "diagnostics",
     "sensitivity", "rows", "data", "versions",
@@ -75,6 +77,7 @@ def from_dict(data: Mapping[str, Any], law: Law | None = None) -> Fit:
                 f"the fit file's {name!r} has parameters {data['law']['parameters']}, "
                 f"the library's has {list(law.parameters)}"
             )
+        _check_parts(data, law)
         packed = data["draws"]
         draws = np.frombuffer(base64.b64decode(packed["data"], validate=True), "<f8").astype(np.float64)
         draws = draws.reshape(packed["count"], len(packed["names"]))
@@ -86,6 +89,24 @@ def from_dict(data: Mapping[str, Any], law: Law | None = None) -> Fit:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise FitError(f"the fit file is damaged: {type(error).__name__}: {error}") from error
+
+
+def _check_parts(data: Mapping[str, Any], law: Law) -> None:
+    """Raises ``FitError`` where a part that every answer reads is not there, or of another kind."""
+    status = data["status"]
+    if status not in STATUSES:
+        raise FitError(f"the fit file has the status {status!r}; it must be one of {', '.join(STATUSES)}")
+    sound = status in SOUND  # an unsound fit may have stopped at values that are no numbers
+    for name in law.parameters:
+        value = data["params"][name]
+        if not (isinstance(value, int | float) or (value is None and not sound)):
+            raise FitError(f"the fit file is damaged: the parameter {name} is {value!r}, not a number")
+    for key in ("intervals", "fixed", "method", "diagnostics", "data"):
+        if not isinstance(data[key], Mapping):
+            raise FitError(f"the fit file is damaged: {key} is a {type(data[key]).__name__}, not an object")
+    for part, key in (("diagnostics", "range"), ("diagnostics", "rows_used"), ("data", "columns")):
+        if key not in data[part]:
+            raise FitError(f"the fit file is damaged: {part} has no {key}")
 
 
 def write_whole(path: pathlib.Path, data: bytes) -> None:

@@ -104,6 +104,8 @@ def resample_weights(cluster_R: np.ndarray, count: int, scheme: str, seed: int) 
         raise FitError(f"scheme is {scheme!r}; it must be one of {', '.join(SCHEMES)}")
     if not isinstance(count, int | np.integer) or count < 0:
         raise FitError(f"bootstraps is {count!r}; it must be zero or a positive integer")
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
+        raise FitError(f"seed is {seed!r}; it must be zero or a positive integer")
     rng = np.random.default_rng(seed)
     out = np.ones((1, 1))
     for ids_R in np.atleast_2d(cluster_R):

@@ -104,6 +104,7 @@ def test_other_names_and_units():
         (frame().iloc[:3], {}, "the table has 3 usable rows; chinchilla has 5 free parameters"),
         (frame(), {"cluster": "trunk"}, "cluster is 'trunk'; it must be auto, size, budget, compute"),
         (frame(), {"scheme": "jackknife"}, "scheme is 'jackknife'; it must be one of pairs, bayesian"),
+        (frame(), {"seed": -1}, "seed is -1; it must be zero or a positive integer"),
         (frame(), {"bootstraps": -1}, "bootstraps is -1; it must be zero or a positive integer"),
     ],
 )

@@ -90,6 +90,11 @@ def test_damage_is_said(fit, tmp_path):
     reads({**good, "law": {**good["law"], "parameters": ["E"]}}, r"has parameters \['E'\]")
     cut = {**good["draws"], "data": good["draws"]["data"][:-8]}
     reads({**good, "draws": cut}, "the fit file is damaged: ValueError")
+    reads({**good, "params": {}}, "the fit file is damaged: KeyError: 'E'")
+    reads({**good, "params": {**good["params"], "E": None}}, "the parameter E is None, not a number")
+    reads({**good, "status": 3}, "the fit file has the status 3; it must be one of converged, boundary")
+    reads({**good, "intervals": []}, "the fit file is damaged: intervals is a list, not an object")
+    reads({**good, "diagnostics": {}}, "the fit file is damaged: diagnostics has no range")
     with pytest.raises(fits.FitError, match="cannot be read: No such file"):
         fits.read_fit(tmp_path / "gone.json")
 
