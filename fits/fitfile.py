@@ -36,7 +36,7 @@ def to_dict(fit: Fit) -> dict:
             "name": fit.law.name, "formula": fit.law.formula, "source": fit.law.source, "parameters": names,
             "variables": list(fit.law.variables),
         },
-        "covariance": {"names": names, "matrix": fit.covariance},
+        "covariance": {"names": names, "matrix": _plain(fit.covariance)},
         "draws": {
             "names": names, "count": len(fit.draws), "encoding": ENCODING,
             "data": base64.b64encode(np.ascontiguousarray(fit.draws, "<f8").tobytes()).decode(),

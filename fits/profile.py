@@ -186,6 +186,10 @@ def _measure(fit: Fit, quantity: str, budget, flops, columns) -> tuple[Callable,
     if quantity not in AT_BUDGET:
         known = [*law.parameters, *law.compute_exponents(fit.params), *AT_BUDGET, "loss"]
         raise FitError(f"quantity is {quantity!r}; it must be one of {', '.join(known)}")
+    if set(law.variables) != {"N", "D"}:
+        raise FitError(
+            f"{quantity} does not exist: the law {law.name} is in {' and '.join(law.variables)}, not N and D"
+        )
     if not (isinstance(budget, int | float) and math.isfinite(budget) and budget > 0):
         raise FitError(f"budget is {budget!r}; {quantity} needs a positive number of FLOPs")
 

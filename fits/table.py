@@ -278,7 +278,8 @@ def _count_reasons(reasons: list[str]) -> str:
 
 def _check_units(numbers, used, has_flops: bool):
     params, tokens, flops = (numbers[c][used] for c in ("params", "tokens", "flops"))
-    both = np.isfinite(params).all() and np.isfinite(tokens).all()
+    # a law that needs no params or tokens keeps rows where they are blank or zero
+    both = all((np.isfinite(v) & (v > 0)).all() for v in (params, tokens))
     if np.isfinite(params).all() and np.median(params) < SMALLEST_PARAMS:
         raise FitError(
             f"params has a median of {np.median(params):g}, which looks like millions or billions; "
