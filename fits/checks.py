@@ -156,13 +156,15 @@ def fit_flags(
     delta: float | None,
     residual_R: np.ndarray,
     flags_R: Sequence[Sequence[str]],
+    fixed: Mapping[str, float] | None = None,
 ) -> list[dict[str, str]]:
     """Flags of the fit, the gravest first.
 
     Args:
       dependence: from ``uncertainty.intraclass``. converged_B: per resample; empty without a bootstrap.
       bound_share: share of resamples that ended at a bound. deviations: standard deviation by quantity.
-      delta: Huber's width, None for other losses. flags_R: from ``row_flags``.
+      delta: Huber's width, None for other losses. flags_R: from ``row_flags``. fixed: the
+        parameters that are pinned.
     """
     out = []
     if point.status in ("not identified", "unconverged"):
@@ -174,14 +176,11 @@ def fit_flags(
         if law.offset in point.at_bound:
             text += f"; with {law.offset} at its lowest the rows show no floor"
         out.append(flag("boundary", text + ": take exponents and extrapolations as a guess"))
-    free = len(table) - len(law.parameters)
-    if free < FEW_FREEDOM:
-        out.append(
-            flag(
-                "few_rows",
-                f"{len(table)} rows for {len(law.parameters)} parameters: {free} degrees of freedom",
-            )
-        )
+    free = len(law.parameters) - len(fixed or {})
+    left = len(table) - free
+    if left < FEW_FREEDOM:
+        kind = "free parameters" if fixed else "parameters"
+        out.append(flag("few_rows", f"{len(table)} rows for {free} {kind}: {left} degrees of freedom"))
     shared = _cluster_flags(table, cluster, dependence)
     # intervals that cannot be believed come before what merely makes them rough
     out = [f for f in shared if f["code"] == "correlated_rows"] + out

@@ -105,7 +105,7 @@ def fit_table(
     row_flags = checks.row_flags(rows, residual)
     flags = checks.fit_flags(
         law, rows, point, cluster_name, dependence, converged, _bound_share(problem, p_BxK[converged]),
-        {k: v["sd"] for k, v in intervals.items()}, point.delta, residual, row_flags,
+        {k: v["sd"] for k, v in intervals.items()}, point.delta, residual, row_flags, problem.fixed,
     )  # fmt: skip
     _write_rows(rows, problem, residual, ids, row_flags, point.weights_R)
     log_residual_R = np.array([rows.rows[i]["residual"] for i in rows.index])

@@ -228,9 +228,21 @@ def check_cells(study: Path | str) -> None:
             )
 
 
+def _read_separated(path: Path, separator: str) -> pd.DataFrame:
+    """A CSV or TSV file; pandas would rename a second column of one name, and the first be used unsaid."""
+    names = [str(n).strip() for n in pd.read_csv(path, sep=separator, header=None, nrows=1).iloc[0]]
+    twice = [n for n in names if names.count(n) > 1 and n != "nan"]
+    if twice:
+        raise ValueError(f"two columns are named {twice[0]!r}; names must be different")
+    other = next((s for s in ";\t," if s != separator and s in names[0]), None) if len(names) == 1 else None
+    if other:
+        raise ValueError(f"its columns seem to be separated by {other!r}, not {separator!r}")
+    return pd.read_csv(path, sep=separator)
+
+
 READERS = {
-    ".csv": pd.read_csv,
-    ".tsv": lambda path: pd.read_csv(path, sep="\t"),
+    ".csv": lambda path: _read_separated(path, ","),
+    ".tsv": lambda path: _read_separated(path, "\t"),
     ".parquet": pd.read_parquet,
     ".jsonl": lambda path: pd.read_json(path, lines=True),
 }

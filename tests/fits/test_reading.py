@@ -124,3 +124,27 @@ def test_print_names_the_rows_left_out_and_ends_after_a_dozen_reasons():
     assert lines[0] == "excluded: 2 because loss is -1.0, not positive (rows 1, 7)"
     assert lines[1] == "excluded: 1 because loss is 0?, not a finite number (row 20)"
     assert lines[-1] == "excluded: 11 more for 11 other reasons; see the fit's rows" and len(lines) == 13
+
+
+@pytest.mark.parametrize(
+    "head, words",
+    [
+        ("params,tokens,loss,loss", "cannot be read as a table: two columns are named 'loss'"),
+        ("params;tokens;loss;seed", "its columns seem to be separated by ';', not ','"),
+        ("params\ttokens\tloss\tseed", r"its columns seem to be separated by '\\t', not ','"),
+    ],
+)
+def test_a_file_whose_columns_are_unclear_is_refused(tmp_path, head, words):
+    between = next(c for c in ",;\t" if c in head)
+    lines = [head, *(between.join(["1e9", "2e10", "2.5", "1"]) for _ in range(3))]
+    (tmp_path / "runs.csv").write_text("\n".join(lines))
+    with pytest.raises(fits.FitError, match=words):
+        fits.read_table(tmp_path / "runs.csv")
+
+
+def test_pinned_parameters_are_not_counted_against_the_rows():
+    table = frame().iloc[[0, 3, 9, 14, 20, 26, 33, 38]]
+    fit = fits.fit_table(table, fixed={"E": 1.8, "alpha": 0.35}, bootstraps=0, sensitivity=False)
+    assert "few_rows" not in [f["code"] for f in fit.flags] and fit.diagnostics["degrees_of_freedom"] == 5
+    fit = fits.fit_table(table, fixed={"E": 1.8}, bootstraps=0, sensitivity=False)
+    assert "8 rows for 4 free parameters: 4 degrees of freedom" in str(fit)
