@@ -25,6 +25,7 @@ TOKENS_PER_PARAM = (1e-3, 1e6)
 SMALLEST_PARAMS = 100.0
 FLOPS_RATIO = (1e-3, 1e3)  # flops over 6 params tokens; sparse models and attention stay well inside
 BUDGET_WIDTH = 0.10  # steps and shapes are rounded, so runs of one budget differ by a few per cent
+FINISHED = ("finished", "completed", "complete", "done", "success", "succeeded")  # as other tools say it
 SAME_VALUE = 0.005  # two sizes (or budgets) closer than half a per cent count as one
 
 
@@ -226,7 +227,7 @@ def _exclusions(source, columns, numbers, raw, needs, exclude, n, wanted) -> lis
         put(~(kept > 0), lambda i: f"kept = {source['kept'][i]}")
     status = columns.get("status", "status")
     if status in source:
-        bad = np.array([str(s) != "finished" for s in source[status]])
+        bad = np.array([str(s).strip().lower() not in FINISHED for s in source[status]])
         put(bad, lambda i: f"status is {source[status][i]}, not finished")
     if "final" in source:  # a run table's other rows are evaluations on the way, before the rate decayed
         put(

@@ -148,3 +148,9 @@ def test_pinned_parameters_are_not_counted_against_the_rows():
     assert "few_rows" not in [f["code"] for f in fit.flags] and fit.diagnostics["degrees_of_freedom"] == 5
     fit = fits.fit_table(table, fixed={"E": 1.8}, bootstraps=0, sensitivity=False)
     assert "8 rows for 4 free parameters: 4 degrees of freedom" in str(fit)
+
+
+def test_finished_in_other_words():
+    words = ["Completed", "done", "finished", "SUCCESS"]
+    got = clean(frame(status=[words[i % 4] if i else "crashed" for i in range(42)]))
+    assert len(got) == 41 and got.rows[0]["reason"] == "status is crashed, not finished"
