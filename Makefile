@@ -3,6 +3,8 @@ VENV ?= .venv
 PYTHON_VERSION ?=
 BIN := $(VENV)/bin
 STUDY ?= studies/quickstart
+# one process a core; the tests of a file stay together and share what they compile
+PARALLEL ?= -n auto --dist loadfile
 
 .PHONY: quickstart test test-fast test-oldest aot aot-gpu oracles lint format clean venv
 
@@ -18,19 +20,19 @@ quickstart: venv  ## plan, train, fit and report a small compute-optimal study (
 
 # The interpreter of GPU kernels holds a thread of XLA for each warpgroup that waits: two cores give too few.
 test: venv lint  ## lint and every test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PARALLEL)
 	@NPROC=16 $(BIN)/python -m pytest tests/pallas_kernels/test_gpu_attention.py
 
 test-fast: venv  ## the tests that take seconds
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-oldest:  ## the fast tests on the oldest supported pair, Python 3.11 with jax 0.10.2
 	@python3 tools/venv.py .venv-oldest --python 3.11
-	@.venv-oldest/bin/python -m pytest -m "not slow"
+	@.venv-oldest/bin/python -m pytest -m "not slow" $(PARALLEL)
 
 aot:  ## compile every kernel with the real TPU compiler, for chips that are not here
 	@python3 tools/venv.py .venv-aot --extras dev,tpu
-	@JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest tests -m aot
+	@JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest tests -m aot $(PARALLEL)
 
 aot-gpu:  ## compile the GPU kernels for an H100 that is not here: no spills
 	@python3 tools/venv.py .venv-aot-gpu --extras dev,aot-gpu
