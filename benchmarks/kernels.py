@@ -1,6 +1,7 @@
 """Kernels on the device at hand and compiled for those that are not: one module a kernel, one report.
 
-Every ``benchmarks/kernel_<name>.py`` with a ``measure(quick) -> {title: [row, ...]}`` is a section.
+Every ``benchmarks/kernel_<name>.py`` with a ``measure(quick)`` is a section: it returns {title: [row, ...]}, or
+rows alone, which are tabled by the columns that they have; ``measure_tpu`` adds what was compiled for TPUs.
 
     python benchmarks/kernels.py [--only attention] [--quick] [--write]
 
@@ -45,6 +46,19 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def tables_of(module, quick: bool) -> dict[str, list[dict]]:
+    """What a section measured: title -> rows of one form."""
+    found = module.measure(quick)
+    if isinstance(found, dict):
+        return {title: rows for title, rows in found.items() if rows}
+    if hasattr(module, "measure_tpu"):
+        found = [*found, *module.measure_tpu(quick)]
+    forms = {}
+    for row in found:
+        forms.setdefault(tuple(row), []).append(row)
+    return {f"{', '.join(list(form)[:3])} ...": rows for form, rows in forms.items()}
+
+
 def render(results: dict) -> str:
     parts = ["# Kernels", "`python benchmarks/kernels.py --write`"]
     for key, one in sorted(results.items()):
@@ -69,13 +83,13 @@ def main() -> None:
     for name in args.only or known:
         device = jax.devices()[0].device_kind
         load = os.getloadavg()[0]
-        tables = known[name].measure(args.quick)
+        tables = tables_of(known[name], args.quick)
         key = f"{name} on {device}"
         results[key] = {"jax": jax.__version__, "cores": os.cpu_count(), "load": load, "tables": tables}
-        print(render({key: results[key]}))
-    if args.write:
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        RESULTS.with_suffix(".md").write_text(render(results))
+        print(render({key: results[key]}), flush=True)
+        if args.write:
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            RESULTS.with_suffix(".md").write_text(render(results))
 
 
 if __name__ == "__main__":
