@@ -1,6 +1,6 @@
 """Kernels on the device at hand and compiled for those that are not: one module a kernel, one report.
 
-Every ``benchmarks/kernel_<name>.py`` with a ``measure(quick)`` is a section: it returns {title: [row, ...]}, or
+Each ``benchmarks/kernel_<name>.py`` with a ``measure(quick)`` is a section: it returns {title: [row, ...]} or
 rows alone, which are tabled by the columns that they have; ``measure_tpu`` adds what was compiled for TPUs.
 
     python benchmarks/kernels.py [--only attention] [--quick] [--write]
