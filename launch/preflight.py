@@ -150,5 +150,6 @@ def _compile(config: Mapping, generation: str, remat: str) -> dict:
 def kernels_in(hlo: str) -> list[str]:
     """Names of the Pallas TPU kernels in a compiled program, each once."""
     lines = [line for line in hlo.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
-    found = [re.search(r'kernel_name = "([^"]+)"|op_name="[^"]*?([\w.]+)"', line) for line in lines]
-    return sorted({(m[1] or m[2]) if m else "kernel" for m in found})
+    # an instruction is called by its kernel's name, with a number where there are several
+    found = [re.match(r"\s*(?:ROOT )?%?([A-Za-z_]\w*)", line) for line in lines]
+    return sorted({m[1] for m in found if m})

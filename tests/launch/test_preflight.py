@@ -37,10 +37,12 @@ def test_an_unknown_target_is_named(cells):
 
 
 def test_kernels_are_read_off_the_program():
-    line = (
-        '  %x = f32[8] custom-call(%a), custom_call_target="tpu_custom_call", op_name="jit(f)/flash_forward"'
-    )
-    assert preflight.kernels_in(f"{line}\n{line}\n  %y = f32[8] add(%a, %b)") == ["flash_forward"]
+    call = ' = f32[8] custom-call(%a), custom_call_target="tpu_custom_call", op_name="jit(f)/pallas_call"'
+    lines = [f"  {name}{call}" for name in ("%attention_forward.1", "ROOT %attention_forward.2", "%ssd_walk")]
+    assert preflight.kernels_in("\n".join([*lines, "  %y = f32[8] add(%a, %b)"])) == [
+        "attention_forward",
+        "ssd_walk",
+    ]
     assert preflight.kernels_in("add(%a)") == []
 
 
@@ -53,6 +55,7 @@ def test_each_shape_is_compiled_and_its_memory_is_more_than_its_state(cells):
         config = next(c["config"] for c in cells if c["id"] == row["cells"][0])
         # float32 parameters and two Adam moments are among the arguments, whatever the compiler does
         assert row["bytes"]["arguments"] >= 12 * row["params"]
+        assert {"attention_forward", "attention_backward_q"} <= set(row["kernels"])
         assert row["flops_per_step"] > 6 * 0.5 * row["params"] * row["batch"] * row["seq"] > 0
         assert memory_bytes(config["model"], row["batch"], row["seq"]).total > 0
 
