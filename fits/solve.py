@@ -11,7 +11,9 @@ the verdict: ``judge`` looks at the scaled gradient, the other starts, the bound
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 
@@ -90,9 +92,20 @@ def exponent_grid(problem: PowerSumProblem, per_axis: int) -> np.ndarray:
     axes = []
     for name in problem.exponents:
         low, high = problem.bounds[name]
-        span = np.geomspace(max(low, 0.04), min(high, 1.5), per_axis) if low < 1.5 else np.array([low])
-        axes.append(np.array([problem.fixed[name]]) if name in problem.fixed else span)
-    return np.array(list(itertools.product(*axes)))
+        span = (low,)
+        if low < 1.5:
+            span = (max(low, 0.04), min(high, 1.5), per_axis)
+        axes.append((problem.fixed[name],) if name in problem.fixed else span)
+    return _combinations(tuple(axes))
+
+
+@functools.lru_cache(maxsize=64)
+def _combinations(axes) -> np.ndarray:
+    """Every choice of one value an axis; an axis is one value, or (low, high, count) evenly in the log."""
+    values = [np.geomspace(*axis) if len(axis) == 3 else np.array(axis, float) for axis in axes]
+    out = np.array(list(itertools.product(*values)))
+    out.flags.writeable = False  # shared by all who ask
+    return out
 
 
 def profile(problem: PowerSumProblem, weights_BxR, grid_GxE, robust_R=None) -> tuple[np.ndarray, np.ndarray]:
@@ -133,23 +146,45 @@ def _grid_gram(problem: PowerSumProblem, grid_GxE, weights_BxR) -> np.ndarray:
     """
     y, T = problem.y_R, len(problem.law.terms)
     row_scale = 1.0 / y if problem.space == "log" else np.full(len(y), 1.0 / y.mean())
-    columns, at_GxC = [], np.zeros((len(grid_GxE), T + 1), int)  # the columns' rows, and which a point has
-    for i, z in enumerate(problem.z_term_exp_R):
-        values, which = np.unique(grid_GxE[:, [e - T for e in z]], axis=0, return_inverse=True)
-        at_GxC[:, i] = sum(map(len, columns)) + which.reshape(-1)
+    powers = tuple(tuple(e - T for e in z) for z in problem.z_term_exp_R)
+    plan = _grid_plan(grid_GxE.tobytes(), grid_GxE.shape, powers)
+    columns = []
+    for values, z in zip(plan.values, problem.z_term_exp_R, strict=True):
         log_power = -(values @ np.stack(list(z.values()))) if z else np.zeros((1, len(y)))
         columns.append(np.exp(log_power) * row_scale)
-    at_GxC[:, T] = sum(map(len, columns))
     column_UxR = np.concatenate([*columns, (y * row_scale)[None]])
-    pairs = [(i, j) for i in range(T + 1) for j in range(i, T + 1)]
-    codes = np.stack([at_GxC[:, i] * len(column_UxR) + at_GxC[:, j] for i, j in pairs])
-    distinct, which_PxG = np.unique(codes, return_inverse=True)
-    left, right = np.divmod(distinct, len(column_UxR))
-    sums_BxU = weights_BxR @ (column_UxR[left] * column_UxR[right]).T
+    sums_BxU = weights_BxR @ (column_UxR[plan.left] * column_UxR[plan.right]).T
     gram = np.empty((len(weights_BxR), len(grid_GxE), T + 1, T + 1))
-    for (i, j), which_G in zip(pairs, which_PxG.reshape(codes.shape), strict=True):
+    for (i, j), which_G in zip(plan.pairs, plan.which_PxG, strict=True):
         gram[..., i, j] = gram[..., j, i] = sums_BxU[:, which_G]
     return gram
+
+
+class _GridPlan(NamedTuple):
+    """Which products of which columns a grid needs. A column is a term at one choice of its exponents."""
+
+    values: list[np.ndarray]  # per term: the distinct choices of its exponents over the grid
+    left: np.ndarray  # of each distinct product, its two columns, counted over all terms; the loss is last
+    right: np.ndarray
+    pairs: list[tuple[int, int]]
+    which_PxG: np.ndarray  # the product of each pair of terms at each grid point
+
+
+@functools.lru_cache(maxsize=64)
+def _grid_plan(grid: bytes, shape: tuple[int, int], powers: tuple[tuple[int, ...], ...]) -> _GridPlan:
+    grid_GxE, T = np.frombuffer(grid).reshape(shape), len(powers)
+    values, at_GxC, count = [], np.zeros((shape[0], T + 1), int), 0
+    for i, exponents in enumerate(powers):
+        distinct, which = np.unique(grid_GxE[:, list(exponents)], axis=0, return_inverse=True)
+        values.append(distinct)
+        at_GxC[:, i] = count + which.reshape(-1)
+        count += len(distinct)
+    at_GxC[:, T] = count
+    pairs = [(i, j) for i in range(T + 1) for j in range(i, T + 1)]
+    codes = np.stack([at_GxC[:, i] * (count + 1) + at_GxC[:, j] for i, j in pairs])
+    products, which = np.unique(codes, return_inverse=True)
+    left, right = np.divmod(products, count + 1)
+    return _GridPlan(values, left, right, pairs, which.reshape(codes.shape))
 
 
 def _bounded_least_squares(gram, n, lower_n, constant_n):
