@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 from pallas_kernels import dispatch, sharding
 from pallas_kernels.tpu import gated_delta_rule as tpu
@@ -123,10 +122,7 @@ def _bound(which, rule, options, **more):
 
 def _like(primal, gradient):
     """In the primal's dtype and, under explicit axes, its sharding: both are part of a type."""
-    gradient = gradient.astype(primal.dtype)
-    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
-        return gradient
-    return jax.sharding.reshard(gradient, jax.typeof(primal).sharding.spec)
+    return sharding.placed_like(gradient.astype(primal.dtype), primal)
 
 
 def _check(q, k, v, beta, log_decay, state0, segment_ids, chunk):

@@ -122,7 +122,7 @@ def _each_forward(choice, options, x, w, labels):
 def _each_backward(choice, options, kept, cotangents):
     functions = {name: _backward(name, options, kept[3].ndim) for name in IMPLEMENTATIONS}
     gradients = dispatch.run(choice, functions, *kept, *cotangents)
-    return *(_sharded_like(p, g) for p, g in zip(kept, gradients, strict=False)), None
+    return *(sharding.placed_like(g, p) for p, g in zip(kept, gradients, strict=False)), None
 
 
 _each.defvjp(_each_forward, _each_backward)
@@ -148,7 +148,7 @@ def _total_backward(choice, options, kept, cotangents):
     dtotal, dlse = cotangents
     if isinstance(dtotal, SymbolicZero):
         dtotal = jnp.zeros((), lse.dtype)
-    dx, dw = (_sharded_like(p, (dtotal * g).astype(g.dtype)) for p, g in ((x, dx), (w, dw)))
+    dx, dw = (sharding.placed_like((dtotal * g).astype(g.dtype), p) for p, g in ((x, dx), (w, dw)))
     if not isinstance(dlse, SymbolicZero):
         more = _each_backward(choice, options[1:], (x, w, labels, lse), (dlse, jnp.zeros_like(dlse)))
         dx, dw = dx + more[0], dw + more[1]
@@ -156,13 +156,6 @@ def _total_backward(choice, options, kept, cotangents):
 
 
 _total.defvjp(_total_forward, _total_backward, symbolic_zeros=True)
-
-
-def _sharded_like(primal, gradient):
-    """Under explicit axes a gradient's sharding is part of its type."""
-    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
-        return gradient
-    return jax.sharding.reshard(gradient, jax.typeof(primal).sharding.spec)
 
 
 def _forward(name, options, axes):

@@ -36,6 +36,13 @@ def out_shape(shape: Sequence[int], dtype, *inputs) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=ManualAxisType(varying=varying))
 
 
+def placed_like(gradient, primal):
+    """Under explicit axes a gradient's sharding is part of its type, and must be that of its argument."""
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return gradient
+    return jax.sharding.reshard(gradient, jax.typeof(primal).sharding.spec)
+
+
 def per_shard(
     function: Callable, rule: str, *, whole: Sequence[str] = (), sums: Sequence[str] = (), **sizes: int
 ) -> Callable:

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 from pallas_kernels import decay_sums, dispatch, sharding
 from pallas_kernels.tpu import ssd as tpu
@@ -117,7 +116,7 @@ def _backward(choice, options, arrays, cotangents):
         for name, i in IMPLEMENTATIONS.items()
     }
     gradients = dispatch.run(choice, functions, *arrays, *cotangents)
-    return tuple(_placed_like(d, x) for d, x in zip(gradients, arrays, strict=True))
+    return tuple(sharding.placed_like(d, x) for d, x in zip(gradients, arrays, strict=True))
 
 
 def _per_shard(function, rule, arrays):
@@ -129,13 +128,6 @@ def _per_shard(function, rule, arrays):
     decay = f"b t {n}" if g.ndim == 3 else f"b t {n} d"
     rule = rule.format(q="b t k d", v=f"b t {n} e", g=decay, S=f"b {n} d e")
     return sharding.per_shard(function, rule, whole=("t", "d", "e"), sums=sums, **sizes)
-
-
-def _placed_like(gradient, x):
-    """Under explicit axes a gradient must be sharded as its argument is, which may not be as it came."""
-    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
-        return gradient
-    return jax.sharding.reshard(gradient, jax.typeof(x).sharding)
 
 
 _ssd.defvjp(_forward, _backward)
