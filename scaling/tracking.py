@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import struct
+import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -33,7 +35,7 @@ class Tracker:
     """
 
     def __init__(self, mode: str, study: Path, cell: str, config: Mapping):
-        self.run = None
+        self.run, self.mode = None, mode
         if mode == "off":
             return
         try:
@@ -64,8 +66,32 @@ class Tracker:
             return
         if result is not None:
             self.run.summary.update({k: v for k, v in result.items() if not isinstance(v, (list, dict))})
+        path = Path(self.run.settings.sync_file)
         self.run.finish(exit_code=0 if result is not None else 1)
         self.run = None
+        if self.mode == "offline":
+            wait_until_written(path)
+
+
+def wait_until_written(path: Path, seconds: float = 60.0) -> None:
+    """Returns once an offline file ends with its exit record: wandb's service writes on after finish()."""
+    from wandb.proto import wandb_internal_pb2
+
+    deadline, pause = time.monotonic() + seconds, 0.01
+    while True:
+        data, last = path.read_bytes() if path.exists() else b"", None
+        for last in log_records(data) if len(data) > FILE_HEADER else ():
+            pass
+        if last is not None:
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(last)
+            if record.WhichOneof("record_type") == "exit":
+                return
+        if time.monotonic() > deadline:
+            warnings.warn(f"{path} was not written to its end within {seconds:g} s of finishing", stacklevel=3)
+            return
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
 
 
 def read_wandb(folder: Path | str) -> pd.DataFrame:

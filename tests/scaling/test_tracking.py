@@ -5,7 +5,7 @@ import pytest
 
 from scaling.config import cell_id, validate_cell
 from scaling.files import CellFolder, StudyError
-from scaling.tracking import Tracker, log_records, read_wandb, read_wandb_run
+from scaling.tracking import Tracker, log_records, read_wandb, read_wandb_run, wait_until_written
 from scaling.train import Execution, train
 
 pytest.importorskip("wandb", reason="the extra `wandb` is not installed")
@@ -47,6 +47,9 @@ def test_history_and_torn_files(tmp_path):
     assert len(data) > 32768, "the history must cross a block of the log for the test to mean anything"
     whole = len(list(log_records(data)))
     assert whole - 3 <= len(list(log_records(data[:-10]))) < whole
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.warns(UserWarning, match="was not written to its end within 0.1 s"):
+        wait_until_written(path, seconds=0.1)
 
 
 def test_no_runs(tmp_path):
