@@ -79,16 +79,16 @@ def wait_until_written(path: Path, seconds: float = 60.0) -> None:
 
     deadline, pause = time.monotonic() + seconds, 0.01
     while True:
-        data, last = path.read_bytes() if path.exists() else b"", None
-        for last in log_records(data) if len(data) > FILE_HEADER else ():
-            pass
-        if last is not None:
+        data = path.read_bytes() if path.exists() else b""
+        whole = list(log_records(data)) if len(data) > FILE_HEADER else []
+        if whole:
             record = wandb_internal_pb2.Record()
-            record.ParseFromString(last)
+            record.ParseFromString(whole[-1])
             if record.WhichOneof("record_type") == "exit":
                 return
         if time.monotonic() > deadline:
-            warnings.warn(f"{path} was not written to its end within {seconds:g} s of finishing", stacklevel=3)
+            message = f"{path} was not written to its end within {seconds:g} s of finishing"
+            warnings.warn(message, stacklevel=3)
             return
         time.sleep(pause)
         pause = min(2 * pause, 0.5)
