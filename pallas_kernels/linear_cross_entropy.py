@@ -33,7 +33,7 @@ def linear_cross_entropy(
     w,
     labels,
     *,
-    z_loss: float = 0.0,
+    z_loss: float | jax.Array = 0.0,
     soft_cap: float | None = None,
     ignore_index: int | None = None,
     reduction: str = "mean",
@@ -57,7 +57,7 @@ def linear_cross_entropy(
         and has its own dtype.
       labels: int [...], the leading axes of ``x``. A label outside 0 <= label < V that is not
         ``ignore_index`` makes the token's loss NaN, the gradient of its ``x`` and all of that of ``w`` too.
-      z_loss: coefficient of lse^2.
+      z_loss: coefficient of lse^2, a number or a scalar array (which may be traced, and differentiated).
       soft_cap: c > 0: logits become c tanh(logits / c).
       ignore_index: tokens with this label have loss 0, no gradient and no part in the mean.
       reduction: "mean" over the tokens not ignored (0 where all are), "sum", or "none".
@@ -92,19 +92,20 @@ def linear_cross_entropy(
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     # NaN where the label is none of ours: it goes into the loss and every gradient as a factor
     weights = jnp.where(ignored, 0, jnp.where(inside, 1, jnp.nan)).astype(dtype)
+    squares = weights * jnp.asarray(z_loss, dtype)
     labels = jnp.where(inside & ~ignored, labels, -1).astype(jnp.int32)
     if reduction == "none":
         lse, picked = _each(choice, options, x, w, labels)
-        loss = _of_tokens(lse, picked, weights, z_loss).reshape(lead)
+        loss = _of_tokens(lse, picked, weights, squares).reshape(lead)
     else:
-        loss, lse = _total(choice, (float(z_loss), *options), x, w, labels, weights)
+        loss, lse = _total(choice, options, x, w, labels, weights, squares)
         if reduction == "mean":
             loss = loss / jnp.maximum(jnp.sum(~ignored), 1).astype(dtype)
     return (loss, lse.reshape(lead)) if return_lse else loss
 
 
-def _of_tokens(lse, picked, weights, z_loss):
-    return jnp.where(weights == 0, 0, weights * (lse - picked + z_loss * jnp.square(lse)))
+def _of_tokens(lse, picked, weights, squares):
+    return jnp.where(weights == 0, 0, weights * (lse - picked) + squares * jnp.square(lse))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -129,18 +130,18 @@ _each.defvjp(_each_forward, _each_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _total(choice, options, x, w, labels, weights):
+def _total(choice, options, x, w, labels, weights, squares):
     """Weighted sum of the losses, and lse of every token."""
-    lse, picked = _each(choice, options[1:], x, w, labels)
-    return jnp.sum(_of_tokens(lse, picked, weights, options[0])), lse
+    lse, picked = _each(choice, options, x, w, labels)
+    return jnp.sum(_of_tokens(lse, picked, weights, squares)), lse
 
 
-def _total_forward(choice, options, x, w, labels, weights):
-    x, w, labels, weights = (a.value for a in (x, w, labels, weights))
-    functions = {name: _with_gradients(name, options, labels.ndim) for name in IMPLEMENTATIONS}
-    lse, picked, dx, dw = dispatch.run(choice, functions, x, w, labels, weights)
-    total = jnp.sum(_of_tokens(lse, picked, weights, options[0]))
-    return (total, lse), (x, w, labels, weights, lse, dx, dw)
+def _total_forward(choice, options, x, w, labels, weights, squares):
+    arrays = tuple(a.value for a in (x, w, labels, weights, squares))
+    functions = {name: _with_gradients(name, options, labels.value.ndim) for name in IMPLEMENTATIONS}
+    lse, picked, dx, dw = dispatch.run(choice, functions, *arrays)
+    total = jnp.sum(_of_tokens(lse, picked, *arrays[3:]))
+    return (total, lse), (*arrays[:4], lse, dx, dw)
 
 
 def _total_backward(choice, options, kept, cotangents):
@@ -150,9 +151,10 @@ def _total_backward(choice, options, kept, cotangents):
         dtotal = jnp.zeros((), lse.dtype)
     dx, dw = (sharding.placed_like((dtotal * g).astype(g.dtype), p) for p, g in ((x, dx), (w, dw)))
     if not isinstance(dlse, SymbolicZero):
-        more = _each_backward(choice, options[1:], (x, w, labels, lse), (dlse, jnp.zeros_like(dlse)))
+        more = _each_backward(choice, options, (x, w, labels, lse), (dlse, jnp.zeros_like(dlse)))
         dx, dw = dx + more[0], dw + more[1]
-    return dx, dw, None, jnp.zeros_like(weights)  # weights are made of labels here, nobody's argument
+    dsquares = jnp.where(weights == 0, 0, dtotal * jnp.square(lse))
+    return dx, dw, None, jnp.zeros_like(weights), dsquares  # weights are made of labels, nobody's argument
 
 
 _total.defvjp(_total_forward, _total_backward, symbolic_zeros=True)
@@ -171,8 +173,8 @@ def _backward(name, options, axes):
 
 def _with_gradients(name, options, axes):
     t = _letters(axes)
-    function = functools.partial(WITH_GRADIENTS[name], z_loss=options[0])
-    return _bound(function, name, options[1:], f"{t} d, d v, {t}, {t} -> {t}, {t}, {t} d, d v", t)
+    rule = f"{t} d, d v, {t}, {t}, {t} -> {t}, {t}, {t} d, d v"
+    return _bound(WITH_GRADIENTS[name], name, options, rule, t)
 
 
 def _letters(axes):
@@ -207,8 +209,10 @@ def _check(x, w, labels, z_loss, soft_cap, ignore_index, reduction):
         raise ValueError(
             f"labels has shape {labels.shape}; it must be that of x but the last, {x.shape[:-1]}"
         )
-    if not isinstance(z_loss, (int, float)) or not z_loss >= 0:
-        raise ValueError(f"z_loss is {z_loss!r}; it must be a number of at least 0")
+    if not isinstance(z_loss, (int, float)) and getattr(z_loss, "shape", None) != ():
+        raise ValueError(f"z_loss is {z_loss!r}; it must be a number or a scalar array")
+    if not isinstance(z_loss, jax.core.Tracer) and not z_loss >= 0:
+        raise ValueError(f"z_loss is {z_loss!r}; it must be at least 0")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"soft_cap is {soft_cap!r}; it must be a positive number or None")
     if ignore_index is not None and (not isinstance(ignore_index, int) or isinstance(ignore_index, bool)):

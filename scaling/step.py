@@ -31,7 +31,7 @@ def train_step(apply, optim: str, schedule: str, state: TrainState, batch, hp):
     """One update.
 
     Args:
-      apply: ``apply(params, inputs_BT, segment_ids_BT, positions_BT) -> logits_BTV``.
+      apply: the model, a ``scaling.models.lm.Apply``.
       optim: optimizer name (static).
       schedule: schedule name (static).
       state: before the step.

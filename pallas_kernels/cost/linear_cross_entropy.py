@@ -6,6 +6,15 @@ written to HBM, block by block.
 """
 
 WORD = 4  # bytes of float32 and int32
+CHUNK_BYTES = 1 << 26  # of float32 logits that "xla_chunked" holds at a time, unless told how many tokens
+FEWEST_TOKENS = 64  # a chunk; below it the matmuls are slower for want of rows
+
+
+def chunk_tokens(tokens: int, V: int) -> int:
+    """Rows of a chunk of "xla_chunked": as many as ``CHUNK_BYTES`` hold, in chunks of nearly equal size."""
+    most = max(CHUNK_BYTES // (WORD * V), FEWEST_TOKENS)
+    chunks = -(-tokens // most)
+    return -(-tokens // chunks)
 
 
 def forward(M: int, D: int, V: int, *, tokens: int, itemsize: int, soft_cap: bool = False) -> dict:

@@ -114,10 +114,10 @@ def backward(x, w_DV, labels, lse, dlse, dpicked, *, soft_cap, tokens=None, voca
     return dx_MD[: labels.size].reshape(x.shape), dw[:, :V]
 
 
-def forward_and_gradients(x, w_DV, labels, weights, *, z_loss, soft_cap, **sizes):
-    """``(lse, picked, dx, dw)`` of sum(weights (lse - picked + z_loss lse^2)): forward, then backward."""
+def forward_and_gradients(x, w_DV, labels, weights, squares, *, soft_cap, **sizes):
+    """``(lse, picked, dx, dw)`` of sum(weights (lse - picked) + squares lse^2): forward, then backward."""
     lse, picked = forward(x, w_DV, labels, soft_cap=soft_cap, **sizes)
-    dlse = weights * (1 + 2 * z_loss * lse)
+    dlse = weights + 2 * squares * lse
     return lse, picked, *backward(x, w_DV, labels, lse, dlse, -weights, soft_cap=soft_cap, **sizes)
 
 

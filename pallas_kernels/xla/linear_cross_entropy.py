@@ -4,16 +4,15 @@ Three functions, which every implementation has (x [..., D], labels [...], of wh
 
 - ``forward(x, w, labels) -> (lse, picked)``, the log-sum-exp and the label's logit of every token;
 - ``backward(x, w, labels, lse, dlse, dpicked) -> (dx, dw)``, which computes the logits again;
-- ``forward_and_gradients(x, w, labels, weights, z_loss=) -> (lse, picked, dx, dw)``, the gradients of
-  sum(weights (lse - picked + z_loss lse^2)): known as soon as the logits are, so computed once.
+- ``forward_and_gradients(x, w, labels, weights, squares) -> (lse, picked, dx, dw)``, the gradients of
+  sum(weights (lse - picked) + squares lse^2): known as soon as the logits are, so computed once.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-CHUNK_BYTES = 1 << 26  # of logits in float32 held at a time, unless the caller says how many tokens
-FEWEST_TOKENS = 64  # below it the matmuls are slower for want of rows
+from pallas_kernels.cost import linear_cross_entropy as cost
 
 
 def forward(x, w_DV, labels, *, soft_cap):
@@ -30,15 +29,15 @@ def backward(x, w_DV, labels, lse, dlse, dpicked, *, soft_cap):
     return dx, dw.astype(w_DV.dtype)
 
 
-def forward_and_gradients(x, w_DV, labels, weights, *, z_loss, soft_cap):
-    lse, picked, dx, dw = _chunk(x, w_DV.astype(x.dtype), labels, weights, z_loss, soft_cap)
+def forward_and_gradients(x, w_DV, labels, weights, squares, *, soft_cap):
+    lse, picked, dx, dw = _chunk(x, w_DV.astype(x.dtype), labels, weights, squares, soft_cap)
     return lse, picked, dx, dw.astype(w_DV.dtype)
 
 
 def chunked_forward(x, w_DV, labels, *, soft_cap, tokens=None):
     """``forward`` with ``tokens`` rows of logits at a time."""
     w = w_DV.astype(x.dtype)
-    C = tokens or chunk_tokens(labels.size, w.shape[1])
+    C = tokens or cost.chunk_tokens(labels.size, w.shape[1])
 
     def chunk(_, row):
         return None, forward(row[0], w, row[1], soft_cap=soft_cap)
@@ -49,7 +48,7 @@ def chunked_forward(x, w_DV, labels, *, soft_cap, tokens=None):
 
 def chunked_backward(x, w_DV, labels, lse, dlse, dpicked, *, soft_cap, tokens=None):
     w = w_DV.astype(x.dtype)
-    C = tokens or chunk_tokens(labels.size, w.shape[1])
+    C = tokens or cost.chunk_tokens(labels.size, w.shape[1])
 
     def chunk(dw, row):
         x, labels, lse, dlse, dpicked = row
@@ -63,34 +62,28 @@ def chunked_backward(x, w_DV, labels, lse, dlse, dpicked, *, soft_cap, tokens=No
     return _join(dx, x.shape), dw.astype(w_DV.dtype)
 
 
-def chunked_forward_and_gradients(x, w_DV, labels, weights, *, z_loss, soft_cap, tokens=None):
+def chunked_forward_and_gradients(x, w_DV, labels, weights, squares, *, soft_cap, tokens=None):
     w = w_DV.astype(x.dtype)
-    C = tokens or chunk_tokens(labels.size, w.shape[1])
+    C = tokens or cost.chunk_tokens(labels.size, w.shape[1])
 
     def chunk(dw, row):
-        lse, picked, dx, more = _chunk(row[0], w, row[1], row[2], z_loss, soft_cap)
+        x, labels, weights, squares = row
+        lse, picked, dx, more = _chunk(x, w, labels, weights, squares, soft_cap)
         return dw + more, (lse, picked, dx)
 
     zero = jnp.zeros(w.shape, jnp.promote_types(x.dtype, jnp.float32))
-    dw, (lse, picked, dx) = lax.scan(chunk, zero, _split(C, x, labels, weights))
+    dw, (lse, picked, dx) = lax.scan(chunk, zero, _split(C, x, labels, weights, squares))
     shape = labels.shape
     return _join(lse, shape), _join(picked, shape), _join(dx, x.shape), dw.astype(w_DV.dtype)
 
 
-def chunk_tokens(tokens: int, V: int) -> int:
-    """Rows of a chunk: as many as ``CHUNK_BYTES`` hold, in chunks of nearly equal size."""
-    most = max(CHUNK_BYTES // (4 * V), FEWEST_TOKENS)
-    chunks = -(-tokens // most)
-    return -(-tokens // chunks)
-
-
-def _chunk(x, w, labels, weights, z_loss, soft_cap):
+def _chunk(x, w, labels, weights, squares, soft_cap):
     logits, slope = _logits(x, w, soft_cap)
     high = jnp.max(logits, axis=-1, keepdims=True)
     probs = jnp.exp(logits - high)
     total = jnp.sum(probs, axis=-1, keepdims=True)
     lse = (high + jnp.log(total))[..., 0]
-    dlse = weights * (1 + 2 * z_loss * lse)
+    dlse = weights + 2 * squares * lse
     # the division by the total goes into the factor of a whole row
     dlogits = _dlogits(probs, slope, labels, dlse / total[..., 0], -weights)
     return lse, _picked(logits, labels), *_gradients(x, w, dlogits)

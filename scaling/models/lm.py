@@ -4,6 +4,7 @@ Flax NNX describes the modules; they are split into arrays once, and what leaves
 pure function of a plain nested dict of arrays.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -67,6 +68,14 @@ class LM(nnx.Module):
 
     def __call__(self, inputs_BT, segment_ids_BT=None, positions_BT=None):
         """int [B, T] to logits, float32 [B, T, V]."""
+        x_BTD, head_DV = self.features(inputs_BT, segment_ids_BT, positions_BT)
+        logits_BTV = jnp.matmul(x_BTD, head_DV.astype(self.dtype), preferred_element_type=jnp.float32)
+        if self.soft_cap is not None:
+            logits_BTV = self.soft_cap * jnp.tanh(logits_BTV / self.soft_cap)
+        return logits_BTV
+
+    def features(self, inputs_BT, segment_ids_BT=None, positions_BT=None):
+        """int [B, T] to what the head takes, [B, T, D], and the head's matrix, float32 [D, V]."""
         B, T = inputs_BT.shape
         if self.cross_document:
             segment_ids_BT = positions_BT = None
@@ -75,12 +84,8 @@ class LM(nnx.Module):
         rope = rope_table(positions_BT, self.head_dim, self.rope_theta)
         x_BTD = self.embed(inputs_BT)
         x_BTD = self.run_blocks(x_BTD, rope, segment_ids_BT)
-        x_BTD = self.final_norm(x_BTD)
         head_DV = self.embed.table[...].T if self.tied else self.head[...]
-        logits_BTV = jnp.matmul(x_BTD, head_DV.astype(self.dtype), preferred_element_type=jnp.float32)
-        if self.soft_cap is not None:
-            logits_BTV = self.soft_cap * jnp.tanh(logits_BTV / self.soft_cap)
-        return logits_BTV
+        return self.final_norm(x_BTD), head_DV
 
     def run_blocks(self, x_BTD, rope, segment_ids_BT):
         """All layers, one after the other: one scanned body, or a Python loop when unrolled."""
@@ -99,6 +104,25 @@ class LM(nnx.Module):
         return x_BTD
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Apply:
+    """The model as pure, jittable functions of ``params``, its nested dict of arrays.
+
+    Called: ``apply(params, inputs_BT, segment_ids_BT=None, positions_BT=None)``, float32 logits [B, T, V].
+    ``features`` of the same arguments: (x [B, T, D] in the model's dtype, head float32 [D, V]), for a loss
+    that never holds the logits; they are ``cap(x @ head)`` with ``soft_cap`` (None: no cap).
+    """
+
+    graphdef: nnx.GraphDef
+    soft_cap: float | None
+
+    def __call__(self, params, inputs_BT, segment_ids_BT=None, positions_BT=None):
+        return nnx.merge(self.graphdef, params)(inputs_BT, segment_ids_BT, positions_BT)
+
+    def features(self, params, inputs_BT, segment_ids_BT=None, positions_BT=None):
+        return nnx.merge(self.graphdef, params).features(inputs_BT, segment_ids_BT, positions_BT)
+
+
 def build(model_cfg, *, seed: int, unroll: bool = False, remat: str = "none"):
     """The model as a pure function and its initial parameters.
 
@@ -111,9 +135,8 @@ def build(model_cfg, *, seed: int, unroll: bool = False, remat: str = "none"):
         (everything but the outputs of the weight matmuls).
 
     Returns:
-      (apply, params): ``apply(params, inputs_BT, segment_ids_BT=None, positions_BT=None)`` gives
-      float32 logits [B, T, V] and is pure and jittable; ``params`` is a nested dict of float32
-      arrays, those under "blocks" stacked over layers. Segments None: a row is one document.
+      (apply, params): ``apply``, an ``Apply``; ``params``, a nested dict of float32 arrays, those
+      under "blocks" stacked over layers. Segments None: a row is one document.
       Positions None: they count from 0 along the row. With ``cross_document`` the row is one
       stream, so that segments and positions given are not used.
 
@@ -128,11 +151,7 @@ def build(model_cfg, *, seed: int, unroll: bool = False, remat: str = "none"):
         return nnx.split(LM(cfg, nnx.Rngs(params=key), unroll=unroll, remat=remat))
 
     graphdef, _ = jax.eval_shape(make, jax.random.key(0))
-
-    def apply(params, inputs_BT, segment_ids_BT=None, positions_BT=None):
-        return nnx.merge(graphdef, params)(inputs_BT, segment_ids_BT, positions_BT)
-
-    return apply, init_params(cfg, seed)
+    return Apply(graphdef, cfg["logits_soft_cap"]), init_params(cfg, seed)
 
 
 @functools.partial(jax.jit, static_argnums=0)

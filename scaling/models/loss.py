@@ -1,14 +1,9 @@
-"""Cross-entropy and z-loss over the tokens of a batch."""
+"""Cross-entropy and z-loss over the tokens of a batch, the logits never held in full."""
 
 import jax
 import jax.numpy as jnp
 
-
-def token_nats(logits_BTV, targets_BT):
-    """Cross-entropy a token in nats and log Z, float32 [B, T] each."""
-    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[:, :, None], axis=-1)[:, :, 0]
-    return log_z_BT - picked_BT, log_z_BT
+from pallas_kernels import linear_cross_entropy
 
 
 def loss_fn(apply, params, batch, z_loss: float):
@@ -19,7 +14,8 @@ def loss_fn(apply, params, batch, z_loss: float):
 
     Args:
       apply, params: from ``scaling.models.lm.build``.
-      batch: ``inputs, targets, segment_ids, positions`` int [B, T], ``loss_mask`` float32 [B, T].
+      batch: ``inputs, targets, segment_ids, positions`` int [B, T], ``loss_mask`` float32 [B, T] of
+        0 and 1.
       z_loss: its coefficient, >= 0.
 
     Returns:
@@ -27,13 +23,12 @@ def loss_fn(apply, params, batch, z_loss: float):
       ``z_loss`` (the term as added) and ``tokens`` (the sum of the mask). A batch whose mask is
       all zero has no mean: NaN.
     """
-    logits_BTV = apply(params, batch["inputs"], batch["segment_ids"], batch["positions"])
-    nats_BT, log_z_BT = token_nats(logits_BTV, batch["targets"])
+    total, lse_BT = _cross_entropy(apply, params, batch, z_loss=z_loss, reduction="sum", return_lse=True)
     mask_BT = batch["loss_mask"]
     tokens = jnp.sum(mask_BT)
-    nats = jnp.sum(nats_BT * mask_BT) / tokens
-    z_term = z_loss * jnp.sum(jnp.square(log_z_BT) * mask_BT) / tokens
-    return nats + z_term, {"nats": nats, "z_loss": z_term, "tokens": tokens}
+    loss = total / tokens
+    z_term = z_loss * jnp.sum(jnp.square(jax.lax.stop_gradient(lse_BT)) * mask_BT) / tokens
+    return loss, {"nats": loss - z_term, "z_loss": z_term, "tokens": tokens}
 
 
 def eval_sums(apply, params, batch):
@@ -41,7 +36,13 @@ def eval_sums(apply, params, batch):
 
     A row with an all-zero mask gives (0, 0), so that a padded row drops out of any total.
     """
-    logits_BTV = apply(params, batch["inputs"], batch["segment_ids"], batch["positions"])
-    nats_BT, _ = token_nats(logits_BTV, batch["targets"])
-    mask_BT = batch["loss_mask"]
-    return jnp.sum(nats_BT * mask_BT, axis=-1), jnp.sum(mask_BT, axis=-1)
+    nats_BT = _cross_entropy(apply, params, batch, reduction="none")
+    return jnp.sum(nats_BT, axis=-1), jnp.sum(batch["loss_mask"], axis=-1)
+
+
+def _cross_entropy(apply, params, batch, **options):
+    x_BTD, head_DV = apply.features(params, batch["inputs"], batch["segment_ids"], batch["positions"])
+    labels_BT = jnp.where(batch["loss_mask"] > 0, batch["targets"], -1)
+    return linear_cross_entropy(
+        x_BTD, head_DV, labels_BT, soft_cap=apply.soft_cap, ignore_index=-1, **options
+    )

@@ -298,6 +298,23 @@ def test_sharded_tokens_and_weights():
     assert "sharded losses agree" in out.stdout
 
 
+@pytest.mark.parametrize("implementation", ["xla", "xla_chunked"])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_z_loss_may_be_traced_and_differentiated(implementation, reduction):
+    x, w, labels, *_ = make()
+
+    def loss(z_loss):
+        options = {"implementation": implementation, "reduction": reduction, "ignore_index": 2}
+        return jnp.sum(linear_cross_entropy(x, w, labels, z_loss=z_loss, **options))
+
+    at_number = loss(0.1)
+    np.testing.assert_array_equal(np.asarray(loss(jnp.float32(0.1))), np.asarray(at_number))
+    value, slope = jax.jit(jax.value_and_grad(loss))(0.1)
+    # another compilation's order of sums; the loss is linear in the coefficient, so the secant is exact
+    np.testing.assert_allclose(float(value), float(at_number), rtol=1e-6)
+    np.testing.assert_allclose(float(slope), float(loss(2.1) - at_number) / 2, rtol=1e-5)
+
+
 WRONG = {
     "x has dtype int32": lambda a: {"x": a["x"].astype(np.int32)},
     "w has dtype int32": lambda a: {"w": a["w"].astype(np.int32)},
@@ -306,6 +323,7 @@ WRONG = {
     r"w has shape \(300, 16\); it must be \(16, vocabulary\) \(it looks like": lambda a: {"w": a["w"].T},
     r"labels has shape \(3, 49\); .*\(3, 50\)": lambda a: {"labels": a["labels"][:, 1:]},
     "z_loss is -1": lambda a: {"z_loss": -1},
+    "z_loss is 'no'": lambda a: {"z_loss": "no"},
     "soft_cap is 0": lambda a: {"soft_cap": 0},
     "ignore_index is 0.5": lambda a: {"ignore_index": 0.5},
     "reduction is 'max'; it must be one of mean, sum, none": lambda a: {"reduction": "max"},

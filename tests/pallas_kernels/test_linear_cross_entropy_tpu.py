@@ -31,8 +31,8 @@ def simulated(seed=None):
         num_cores_or_threads=1 if seed is None else 2,
     )
     with dispatch.interpret(params):  # its ordered effects do not pass through custom_partitioning
-        run = functools.partial(tpu.forward_and_gradients, z_loss=0.1, soft_cap=3.0, tokens=128, vocab=128)
-        lse, picked, *gradients = jax.jit(run)(x, w, labels.astype(jnp.int32), jnp.ones(M))
+        run = functools.partial(tpu.forward_and_gradients, soft_cap=3.0, tokens=128, vocab=128)
+        lse, picked, *gradients = jax.jit(run)(x, w, labels.astype(jnp.int32), jnp.ones(M), jnp.full(M, 0.1))
         got = jnp.sum(lse - picked + 0.1 * lse**2), tuple(gradients)
         got = jax.tree.map(np.asarray, got)
 

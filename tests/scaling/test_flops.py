@@ -232,6 +232,7 @@ MEMORY_CASES = {
     "long": ({"heads": 2, "kv_heads": 2, "head_dim": 32}, 2, 512),
     "bfloat16": ({"dtype": "bfloat16", "layers": 4}, 4, 128),
     "large vocabulary": ({"vocab": 4096, "kv_heads": 1, "tied": False}, 4, 128),
+    "vocabulary in chunks": ({"vocab": 50304}, 8, 128),
 }
 
 
@@ -240,7 +241,7 @@ MEMORY_CASES = {
     "name,remat", [*((name, "none") for name in MEMORY_CASES), ("long", "dots"), ("deep", "full")]
 )
 def test_memory_estimate_is_near_what_xla_sets_aside(name, remat):
-    """0.81 (bfloat16, jaxlib 0.10.2) to 1.33 was seen; the bounds leave room for other versions."""
+    """0.79 (bfloat16, jax 0.10.2) to 1.14 was seen; the bounds leave room for other versions."""
     changes, batch_size, seq = MEMORY_CASES[name]
     cfg = model(**changes)
     apply, params = build(cfg, seed=0, remat=remat)
@@ -258,7 +259,7 @@ def test_memory_estimate_is_near_what_xla_sets_aside(name, remat):
     memory = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch).compile().memory_analysis()
     xla = memory.temp_size_in_bytes + memory.argument_size_in_bytes
     estimate = memory_bytes(cfg, batch_size, seq, remat=remat)
-    assert 0.75 < estimate.total / xla < 1.4
+    assert 0.75 < estimate.total / xla < 1.25
     assert estimate.params == 4 * leaves(params) and estimate.optimizer == 2 * estimate.params
 
 
