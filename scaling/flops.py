@@ -240,8 +240,9 @@ def memory_bytes(
     """An estimate of the memory of one training step on one device, scanned layers.
 
     Seen 21 % below (bfloat16, jax 0.10.2) to 14 % above what XLA:CPU sets aside for an AdamW step, over
-    widths 64 to 128, 2 to 6 layers, vocabularies to 50,304, both dtypes and all remat policies. The probabilities count in full where attention
-    keeps them on a CPU (rows of up to 256 tokens), else a chunk of them.
+    widths 64 to 128, 2 to 6 layers, vocabularies to 50,304, both dtypes and all remat policies. The
+    probabilities count in full where attention keeps them on a CPU (rows of up to 256 tokens), else a
+    chunk of them.
 
     Args:
       model: a whole ``model`` section of a cell config (defaults may be left out).
