@@ -5,6 +5,7 @@ in reverse, each differentiated from its own state, inside the kernel.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import delta_chunk, dispatch, sharding
 from pallas_kernels.cost import gated_delta_rule as cost
+from pallas_kernels.tpu.gated_delta_rule_blocks import BLOCK_SIZES
 
 LANES = 128
-HEADS = (4, 2, 1)  # of one step; the first that divides
 VMEM = {"v4": 15 << 20, None: 15 << 20}  # bytes asked for; the others have more
 MORE_VMEM = 40 << 20
 
@@ -29,7 +30,7 @@ def refuses(q, k, v, *, chunk, **_) -> str | None:
     return None
 
 
-def forward(q, k, v, beta, log_decay, reset, state0, *, scale, chunk, keep=True):
+def forward(q, k, v, beta, log_decay, reset, state0, *, scale, chunk, keep=True, heads=None):
     """``(o, state)``, and with ``keep`` the state before every chunk [B, chunks, N, D, E]."""
     inputs = q, k, v, beta, log_decay, reset, state0
     (B, T, N, D), E, C = q.shape, v.shape[-1], chunk
@@ -37,7 +38,7 @@ def forward(q, k, v, beta, log_decay, reset, state0, *, scale, chunk, keep=True)
     numbers = _numbers(C, beta, log_decay, jnp.broadcast_to(reset[:, :, None], beta.shape))
     S = _features(_features(state0, 2), 3)
     n, P, R = numbers.shape[2], S.shape[2], S.shape[3]
-    H = next(h for h in HEADS if N % h == 0)
+    H = heads or heads_of_step("forward", N)
     spec = _specs(C, H, P, R, lambda c: c)
     out_specs = [spec["v"], spec["S"]] + [spec["start"]] * keep
     shapes = [((B, n * C, N * R), v.dtype), (S.shape, jnp.float32)]
@@ -50,13 +51,14 @@ def forward(q, k, v, beta, log_decay, reset, state0, *, scale, chunk, keep=True)
         out_specs=out_specs,
         out_shape=[sharding.out_shape(*s, *inputs) for s in shapes],
         scratch_shapes=[pltpu.VMEM((H, P, R), jnp.float32)],
+        name="gated_delta_rule_forward",
         **_how(work),
     )(q, k, v, numbers, S)
     o = o.reshape(B, n * C, N, R)[:, :T, :, :E]
     return o, state[..., :D, :E], *(s[..., :D, :E] for s in starts)
 
 
-def backward(q, k, v, beta, log_decay, reset, starts, do, dstate, *, scale, chunk):
+def backward(q, k, v, beta, log_decay, reset, starts, do, dstate, *, scale, chunk, heads=None):
     """Gradients of q, k, v, beta, log_decay and state0."""
     inputs = q, k, v, beta, log_decay, reset, starts, do, dstate
     (B, T, N, D), E, C = q.shape, v.shape[-1], chunk
@@ -66,7 +68,7 @@ def backward(q, k, v, beta, log_decay, reset, starts, do, dstate, *, scale, chun
     dS = _features(_features(dstate, 2), 3)
     starts = _features(_features(starts, 3), 4)
     n, P, R = numbers.shape[2], dS.shape[2], dS.shape[3]
-    H = next(h for h in HEADS if N % h == 0)
+    H = heads or heads_of_step("backward", N)
     spec = _specs(C, H, P, R, lambda c: n - 1 - c)
     shapes = [(q.shape, dtype), (k.shape, dtype), (v.shape, dtype), (numbers.shape, jnp.float32)]
     shapes += [(dS.shape, jnp.float32)]
@@ -80,12 +82,20 @@ def backward(q, k, v, beta, log_decay, reset, starts, do, dstate, *, scale, chun
         out_specs=[spec["q"], spec["q"], spec["v"], spec["numbers"], spec["S"]],
         out_shape=[sharding.out_shape(*s, *inputs) for s in shapes],
         scratch_shapes=[pltpu.VMEM((H, P, R), jnp.float32)],
+        name="gated_delta_rule_backward",
         **_how(work),
     )(q, k, v, numbers, starts, do, dS)  # fmt: skip
     dq, dk = (x.reshape(B, n * C, N, P)[:, :T, :, :D] for x in (dq, dk))
     dv = dv.reshape(B, n * C, N, R)[:, :T, :, :E]
     dbeta, dlog_decay = (jnp.moveaxis(dnumbers[:, :, :, i].reshape(B, N, n * C), 1, 2)[:, :T] for i in (0, 1))
     return dq, dk, dv, dbeta, dlog_decay, dS[..., :D, :E]
+
+
+def heads_of_step(which, N) -> int:
+    """Heads that one step of the grid takes: this generation's number, or half of it as often as need be."""
+    here = dispatch.current_target()
+    generation = here.generation if here and here.generation else "default"
+    return math.gcd(N, BLOCK_SIZES.get(generation, BLOCK_SIZES["default"])[which][1])
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, numbers_ref, S0_ref, o_ref, state_ref, *rest, scale, heads):
