@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch, sharding
 from pallas_kernels.cost import linear_scan as cost
-from pallas_kernels.tpu.linear_scan_blocks import BLOCKS
+from pallas_kernels.tpu.linear_scan_blocks import BLOCK_SIZES
 
 SUBLANES, LANES = 8, 128
 SEMANTICS = ("parallel", "parallel", "arbitrary")  # rows, features, time
@@ -210,7 +210,8 @@ class _Plan:
         self.n_tiles, self.n_groups = -(-self.F // LANES), -(-self.T // SUBLANES)
         if block_sizes is None:
             here = dispatch.current_target()
-            tokens, features = BLOCKS[name][here.generation if here and here.generation else "any"]
+            generation = here.generation if here and here.generation else "default"
+            tokens, features = BLOCK_SIZES.get(generation, BLOCK_SIZES["default"])[name]
             tokens //= self.planes
         else:
             tokens, features = block_sizes

@@ -17,7 +17,7 @@ from scan_oracle import check, exact, problem, with_gradients
 from pallas_kernels import aot, dispatch, linear_scan, sharding
 from pallas_kernels.cost import linear_scan as cost
 from pallas_kernels.tpu import linear_scan as tpu
-from pallas_kernels.tpu.linear_scan_blocks import BLOCKS
+from pallas_kernels.tpu.linear_scan_blocks import BLOCK_SIZES
 
 FLOAT32 = {"rtol": 2e-5, "atol": 2e-5}  # see test_linear_scan.py
 BFLOAT16 = {"rtol": 2**-6, "atol": 2**-5}
@@ -193,7 +193,7 @@ def test_compiled_for_tpu_moves_every_array_once(generation, dtype):
         # the gradient keeps h between its two kernels; the rest is states and resets
         assert compiled.memory_analysis().temp_size_in_bytes <= (kept + 0.02) * size
         # h goes in twice, the second time for one group of tokens a block
-        one = cost.backward(B, T, F, x.dtype.itemsize, block_tokens=BLOCKS["backward"][generation][0])
+        one = cost.backward(B, T, F, x.dtype.itemsize, block_tokens=BLOCK_SIZES[generation]["backward"][0])
         edges = (one.bytes - one.floor_bytes) if n > 3 else 0
         assert (n - 0.01) * size < traffic(text) and traffic(text) + edges < 1.2 * n * size
 
