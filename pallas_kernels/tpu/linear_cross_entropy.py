@@ -16,13 +16,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch, sharding
 from pallas_kernels.cost import linear_cross_entropy as cost
+from pallas_kernels.tpu.linear_cross_entropy_blocks import BLOCK_SIZES
 
 LANES = 128
 LOWEST = -2.0e38  # stands for minus infinity: finite, so that differences are no NaN
 # Bytes of VMEM asked for, by generation (a core of v4 has 16 MiB, of v5p and tpu7x 64, of the others 128).
 VMEM = {"v4": 15 << 20, "v5e": 64 << 20, "v5p": 48 << 20, "v6e": 64 << 20, "tpu7x": 48 << 20, None: 15 << 20}
-# (tokens, vocab) of a block, shrunk where they do not fit.
-BLOCKS = {"forward": (1024, 1024), "backward_x": (1024, 512), "backward_w": (512, 1024)}
 
 
 def refuses(x, w, labels, *, block_sizes) -> str | None:
@@ -52,6 +51,7 @@ def forward(x, w_DV, labels, *, soft_cap, tokens=None, vocab=None):
         out_specs=pl.BlockSpec((bm, 2), lambda i, j: (i, 0)),
         out_shape=sharding.out_shape((M, 2), jnp.float32, x, w_DV, labels),
         scratch_shapes=[pltpu.VMEM((bm, LANES), jnp.float32)] * 3,
+        name="linear_cross_entropy_forward",
         **_how(cost.forward(M, D, V, tokens=bm, itemsize=x.dtype.itemsize, soft_cap=bool(soft_cap))),
     )(x_MD, w, label_M1)
     lse, picked = (out[: labels.size, k].reshape(labels.shape) for k in (0, 1))
@@ -94,6 +94,7 @@ def backward(x, w_DV, labels, lse, dlse, dpicked, *, soft_cap, tokens=None, voca
             out_specs=spec(*out_block(bm, bv)),
             out_shape=sharding.out_shape(shape, dtype, *arrays),
             scratch_shapes=[pltpu.VMEM(acc(bm, bv), jnp.float32)],
+            name=f"linear_cross_entropy{kernel.__name__}",
             **_how(work),
         )(x_MD, w, label_M1, stats_M3)
 
@@ -243,8 +244,9 @@ def _how(work):
 def blocks(kernel, M, D, V, dtype, w_dtype, tokens=None, vocab=None) -> tuple[int, int]:
     """(tokens, vocab) of a kernel's block: the caller's, or the largest that fit this generation's VMEM."""
     here = dispatch.current_target()
-    room = VMEM[here.generation if here else None]
-    bm, bv = BLOCKS[kernel]
+    generation = here.generation if here else None
+    room = VMEM[generation]
+    bm, bv = BLOCK_SIZES.get(generation, BLOCK_SIZES["default"])[kernel]
     bm, bv = (min(b, math.ceil(n / LANES) * LANES) for b, n in ((tokens or bm, M), (vocab or bv, V)))
     while vmem_bytes(kernel, bm, bv, D, dtype.itemsize, w_dtype.itemsize) > room:
         may = [(n, k) for n, k, fixed in ((bm, 0, tokens), (bv, 1, vocab)) if not fixed and n > LANES]

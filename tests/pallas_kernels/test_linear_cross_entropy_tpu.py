@@ -131,7 +131,7 @@ def test_planted_bugs_are_caught(mutant, monkeypatch):
 def test_blocks_fit_the_memory_of_every_generation():
     for generation in dispatch.GENERATIONS:
         with dispatch.target("tpu", generation):
-            for kernel in tpu.BLOCKS:
+            for kernel in ("forward", "backward_x", "backward_w"):
                 for features in (128, 1024, 4096):
                     bm, bv = tpu.blocks(kernel, 4096, features, 50304, jnp.bfloat16.dtype, jnp.bfloat16.dtype)
                     assert bm % 128 == bv % 128 == 0
