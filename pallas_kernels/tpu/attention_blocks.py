@@ -3,8 +3,12 @@
 Ranked by the compiler's static schedule (bundles of the whole kernel at head size 128, bfloat16, no masks,
 2,048 tokens, ahead of time, jax 0.12.0.1 with libtpu 0.0.50.1; the dump of ``LIBTPU_INIT_ARGS=
 --xla_jf_dump_to=``), per 1,024 pairs of a query and a key. No device was timed. Causal masks waste more
-of a larger block: of 1,024 at 4,096 tokens 20 % of the pairs computed against 11 % for 512.
+of a larger block: of 1,024 at 4,096 tokens 20 % of the pairs computed against 11 % for 512. Counted again by
+``benchmarks/rank_tpu_blocks.py``, which adds what a step of the grid costs, forward on v5e and v6e takes 5 to
+11 % more, in the same order: (512, 512) 11.8 and 10.1, (512, 1024) 7.2 and 6.8, (1024, 1024) 6.8 and 5.2.
 """
+
+UNIT = "1,024 pairs"
 
 # generation -> block sizes -> bundles per 1,024 pairs of (forward, backward_q, backward_kv)
 BUNDLES = {
