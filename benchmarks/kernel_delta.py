@@ -1,9 +1,7 @@
-"""The gated delta rule: time and memory of the chunked path, and what the TPU kernels need.
+"""The gated delta rule on a CPU: time and memory of the chunked path against the rule token by token.
 
-Time: the rule token by token (a scan that JAX differentiates) and the chunked path by turns in one process;
-the figure is the median over rounds of chunked / token by token. Memory: temporary bytes of the compiled
-gradient, at T and at 2 T. TPU: compiled ahead of time for each generation; bytes over floor is what the
-kernels read and write of HBM, by their own formula, over each operand and result once.
+Both (the latter a scan that JAX differentiates) run by turns in one process; token by token / ours is the
+median over turns, above 1 ours is faster. Memory: temporary bytes of the compiled program, at T and at 2 T.
 
     python benchmarks/kernel_delta.py [--quick]
 """
@@ -11,25 +9,20 @@ kernels read and write of HBM, by their own formula, over each operand and resul
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib.util
 import os
-import statistics
-import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
+import turns
 
-from pallas_kernels import aot, dispatch, gated_delta_rule
-from pallas_kernels.cost import gated_delta_rule as cost
-from pallas_kernels.gated_delta_rule import CHUNK
+from pallas_kernels import gated_delta_rule
 from pallas_kernels.reference import gated_delta_rule as reference
 
 
-def chunked(*arrays, implementation="xla_chunked"):
-    return gated_delta_rule(*arrays, implementation=implementation)[0]
+def chunked(*arrays):
+    return gated_delta_rule(*arrays, implementation="xla_chunked")[0]
 
 
 def token_by_token(q, k, v, beta, log_decay):
@@ -43,99 +36,45 @@ def gradient(f):
     return jax.grad(lambda *a: jnp.sum(f(*a).astype(jnp.float32)), range(5))
 
 
-def inputs(B, T, N, D, dtype=jnp.float32):
+def inputs(B, T, N, D):
     keys = jax.random.split(jax.random.key(0), 5)
-    q, k, v = (jax.random.normal(key, (B, T, N, D), dtype) for key in keys[:3])
+    q, k, v = (jax.random.normal(key, (B, T, N, D)) for key in keys[:3])
     k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
     beta = jax.random.uniform(keys[3], (B, T, N))
     return q, k, v, beta, -0.1 * jax.random.exponential(keys[4], (B, T, N))
 
 
-def temporary(f, shape):
-    arrays = jax.eval_shape(lambda: inputs(*shape))
-    return jax.jit(f).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
-
-
-def on_cpu(quick: bool) -> list[dict]:
+def measure(quick: bool) -> dict[str, list[dict]]:
+    """One table."""
     shapes = [(1, 256, 2, 64)] if quick else [(1, 1024, 4, 64), (1, 4096, 4, 64), (1, 1024, 4, 128)]
     rows = []
     for B, T, N, D in shapes:
-        arrays = inputs(B, T, N, D)
-        for what, wrap in (("forward", lambda f: f), ("forward and backward", gradient)):
-            both = {"token by token": wrap(token_by_token), "chunked": wrap(chunked)}
-            compiled = {name: jax.jit(f).lower(*arrays).compile() for name, f in both.items()}
-            ratios, best = [], dict.fromkeys(both, float("inf"))
-            for i in range(1 + (3 if quick else 5)):
-                seconds = {}
-                for name in sorted(both, reverse=i % 2 == 1):
-                    start = time.perf_counter()
-                    jax.block_until_ready(compiled[name](*arrays))
-                    seconds[name] = time.perf_counter() - start
-                    best[name] = min(best[name], seconds[name])
-                if i:  # the first round warms up
-                    ratios.append(seconds["chunked"] / seconds["token by token"])
-            temp = {name: c.memory_analysis().temp_size_in_bytes for name, c in compiled.items()}
+        arrays, longer = inputs(B, T, N, D), jax.eval_shape(lambda: inputs(B, 2 * T, N, D))  # noqa: B023
+        for what, wrap in (("forward", lambda f: f), ("gradient", gradient)):
+            programs = {
+                "ours": turns.compiled(wrap(chunked), *arrays),
+                "token by token": turns.compiled(wrap(token_by_token), *arrays),
+            }
+            seconds = turns.by_turns(programs, *arrays, turns=2 if quick else 5)
+            megabytes = turns.temporary_mb(programs["ours"])
+            at_twice = turns.temporary_mb(turns.compiled(wrap(chunked), *longer))
             rows.append(
                 {
-                    "kernel": "gated_delta_rule",
-                    "device": "cpu",
-                    "case": f"B {B}, T {T}, N {N}, D {D}, {what}",
-                    "implementation": "xla_chunked",
-                    "temp_mb": round(temp["chunked"] / 1e6, 1),
-                    "temp_mb_token_by_token": round(temp["token by token"] / 1e6, 1),
-                    "temp_at_2T_over_T": round(
-                        temporary(wrap(chunked), (B, 2 * T, N, D)) / max(temp["chunked"], 1), 2
-                    ),
-                    "time_ratio": round(statistics.median(ratios), 3),
-                    "time_ratio_min": round(min(ratios), 3),
-                    "time_ratio_max": round(max(ratios), 3),
-                    "best_ms": round(1e3 * best["chunked"], 1),
+                    "tokens": T, "heads": N, "head size": D, "pass": what,
+                    "ms": turns.median_ms(seconds["ours"]),
+                    "token by token / ours": turns.ratio(seconds["token by token"], seconds["ours"]),
+                    "temporary MB": megabytes, "at 2 T / at T": round(at_twice / max(megabytes, 0.1), 2),
+                    "token by token's MB": turns.temporary_mb(programs["token by token"]),
+                    "load": turns.load(),
                 }
-            )
-    return rows
-
-
-def on_tpu(quick: bool) -> list[dict]:
-    """Every generation: does it compile, temporary memory, bytes over floor."""
-    B, T, N, D = (1, 512, 2, 128) if quick else (1, 4096, 8, 128)
-    arrays = jax.eval_shape(lambda: inputs(B, T, N, D, jnp.bfloat16))
-    kernel = functools.partial(chunked, implementation="pallas_tpu")
-    rows = []
-    for generation in ("v5e",) if quick else dispatch.GENERATIONS:
-        for what, f in (("forward", kernel), ("forward and backward", gradient(kernel))):
-            gradients = what != "forward"
-            compiled = aot.compile_tpu(f, *arrays, generation=generation)
-            shape = (B, T, N, D, D)
-            work = [cost.forward(*shape, chunk=CHUNK, itemsize=2, keep=gradients)]
-            work += [cost.backward(*shape, chunk=CHUNK, itemsize=2)] * gradients
-            moved = sum(w["bytes"] for w in work)
-            floor = cost.floor_bytes(*shape, itemsize=2, gradients=gradients)
-            rows.append(
-                {
-                    "kernel": "gated_delta_rule",
-                    "device": f"tpu {generation} (compiled only)",
-                    "case": f"B {B}, T {T}, N {N}, D {D}, {what}, bf16",
-                    "implementation": "pallas_tpu",
-                    "custom_calls": compiled.as_text().count("tpu_custom_call"),
-                    "temp_mb": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1),
-                    "bytes_over_floor": round(moved / floor, 2),
-                    "flops_per_byte": round(sum(w["flops"] for w in work) / moved),
-                }
-            )
-    return rows
-
-
-def measure(quick: bool) -> list[dict]:
-    """Rows for the table of kernels; the TPU's only where libtpu is installed."""
-    rows = on_cpu(quick)
-    return rows + (on_tpu(quick) if importlib.util.find_spec("libtpu") else [])
+            )  # fmt: skip
+    return {"gated_delta_rule, chunked": rows}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
-    for row in measure(parser.parse_args().quick):
-        print("  ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+    turns.show(measure(parser.parse_args().quick))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import importlib.util
 import json
 import os
 import statistics
-import time
 import types
 
 if not glob.glob("/dev/nvidia[0-9]*"):
@@ -28,6 +27,7 @@ if not glob.glob("/dev/nvidia[0-9]*"):
 
 import jax
 import jax.numpy as jnp
+import turns
 
 from pallas_kernels.gpu import attention, cudnn
 from pallas_kernels.gpu.resources import kernel_resources
@@ -150,14 +150,7 @@ def _race(name, q, k, v, dout, device):
             runs[rival] = run
         except Exception as e:  # what one side cannot do must not stop the table
             rows.append(head | {"implementation": rival, "error": f"{type(e).__name__}: {e}"[:200]})
-    seconds = {rival: [] for rival in runs}
-    for _ in range(ROUNDS):
-        for rival, run in runs.items():
-            start = time.perf_counter()
-            for _ in range(LAUNCHES):
-                out = run()
-            jax.block_until_ready(out)
-            seconds[rival].append((time.perf_counter() - start) / LAUNCHES)
+    seconds = turns.by_turns(runs, turns=ROUNDS, launches=LAUNCHES)
     flops = (2 if name == "forward" else 7) * 2 * B * N * H * T * (T + 1) / 2
     for rival, times in seconds.items():
         median = statistics.median(times)
@@ -168,9 +161,12 @@ def _race(name, q, k, v, dout, device):
     return rows
 
 
-def measure(quick: bool = False) -> list[dict]:
-    """Every row; a section that this machine cannot fill has one row that says why."""
-    return compiled(quick) + timed(quick)
+def measure(quick: bool = False) -> dict[str, list[dict]]:
+    """Rows by their form; a part that this machine cannot fill has one row that says why."""
+    tables = {}
+    for row in compiled(quick) + timed(quick):
+        tables.setdefault(f"attention on Hopper: {', '.join(row)}", []).append(row)
+    return tables
 
 
 def main():
@@ -180,12 +176,11 @@ def main():
     parser.add_argument("--quick", action="store_true", help="one head size and one length")
     parser.add_argument("--json", help="write the rows there too")
     arguments = parser.parse_args()
-    rows = measure(arguments.quick)
-    for row in rows:
-        print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    tables = measure(arguments.quick)
+    turns.show(tables)
     if arguments.json:
         with open(arguments.json, "w") as f:
-            json.dump(rows, f, indent=1)
+            json.dump([row for rows in tables.values() for row in rows], f, indent=1)
 
 
 if __name__ == "__main__":

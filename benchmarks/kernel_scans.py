@@ -1,33 +1,29 @@
-"""The diagonal scan on this CPU: ours against ``lax.associative_scan`` and ``lax.scan``, interleaved.
+"""``linear_scan`` on the device at hand against ``lax.associative_scan`` and ``lax.scan``, by turns.
+
+Milliseconds of what ``implementation=None`` gives; the others as their time over ours, the median over turns,
+above 1 ours is faster. Complex numbers are complex64.
 
     python benchmarks/kernel_scans.py [--quick]
-
-Each round runs the three one after another, so that a load on the machine meets them alike; the ratio is the
-median over rounds of the ratio within a round.
 """
 
-import os
-import statistics
-import sys
-import time
+from __future__ import annotations
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+import argparse
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import turns
 
 from pallas_kernels import linear_scan
 
-# rows, tokens, features
-SIZES = ((4, 1024, 256), (4, 4096, 256), (1, 16384, 256), (1, 65536, 128))
+SIZES = ((4, 1024, 256), (4, 4096, 256), (2, 16384, 256), (1, 65536, 128))  # rows, tokens, features
 
 
 def ours(a, b):
-    return linear_scan(a, b, implementation="xla_chunked")[0]
+    return linear_scan(a, b)[0]
 
 
-def associative(a, b):
+def associative_scan(a, b):
     def combine(early, late):
         return early[0] * late[0], late[0] * early[1] + late[1]
 
@@ -47,37 +43,45 @@ def gradient(function):
     return lambda a, b, dh: jax.vjp(function, a, b)[1](dh)
 
 
-def measure(quick: bool) -> list[dict]:
-    """Rows of size, pass, seconds of ours, and how many times as long each of the others takes."""
+def inputs(shape, dtype):
+    """a of modulus below 1, b and a cotangent."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    a = jax.random.uniform(keys[0], shape)
+    if dtype == jnp.complex64:
+        a = a * jnp.exp(1j * jax.random.uniform(keys[1], shape, maxval=6.3))
+    return a.astype(dtype), *(jax.random.normal(key, shape, dtype) for key in keys[2:])
+
+
+def measure(quick: bool) -> dict[str, list[dict]]:
+    """One table."""
     rows = []
-    for B, T, F in SIZES[:2] if quick else SIZES:
-        rng = np.random.default_rng(0)
-        a, b, dh = (jnp.asarray(rng.random((B, T, F), np.float32)) for _ in range(3))
-        for name, wrap, arrays in (("forward", lambda f: f, (a, b)), ("gradient", gradient, (a, b, dh))):
-            functions = {f.__name__: jax.jit(wrap(f)) for f in (ours, associative, scan)}
-            for f in functions.values():
-                jax.block_until_ready(f(*arrays))
-            rounds = [
-                {n: _seconds(f, arrays) for n, f in functions.items()} for _ in range(5 if quick else 15)
-            ]
-            rows.append(
-                {
-                    "rows": B, "tokens": T, "features": F, "pass": name,
-                    "ours_s": statistics.median(r["ours"] for r in rounds),
-                    "associative_scan": statistics.median(r["associative"] / r["ours"] for r in rounds),
-                    "scan": statistics.median(r["scan"] / r["ours"] for r in rounds),
-                    "load": os.getloadavg()[0],
-                }
-            )  # fmt: skip
-    return rows
+    for dtype in (jnp.float32, jnp.complex64):
+        for shape in ((2, 512, 128),) if quick else SIZES:
+            a, b, dh = inputs(shape, dtype)
+            for name, wrap, arrays in (("forward", lambda f: f, (a, b)), ("gradient", gradient, (a, b, dh))):
+                rows.append(_compare(name, wrap, arrays, turns_of=2 if quick else 9))
+    return {"linear_scan": rows}
 
 
-def _seconds(function, arrays):
-    start = time.perf_counter()
-    jax.block_until_ready(function(*arrays))
-    return time.perf_counter() - start
+def _compare(name, wrap, arrays, turns_of) -> dict:
+    programs = {f.__name__: turns.compiled(wrap(f), *arrays) for f in (ours, associative_scan, scan)}
+    seconds = turns.by_turns(programs, *arrays, turns=turns_of)
+    B, T, F = arrays[0].shape
+    return {
+        "dtype": str(arrays[0].dtype), "rows": B, "tokens": T, "features": F, "pass": name,
+        "ms": turns.median_ms(seconds["ours"]),
+        "associative_scan / ours": turns.ratio(seconds["associative_scan"], seconds["ours"]),
+        "scan / ours": turns.ratio(seconds["scan"], seconds["ours"]),
+        "temporary MB": turns.temporary_mb(programs["ours"]),
+        "associative_scan's MB": turns.temporary_mb(programs["associative_scan"]), "load": turns.load(),
+    }  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    turns.show(measure(parser.parse_args().quick))
 
 
 if __name__ == "__main__":
-    for row in measure("--quick" in sys.argv):
-        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    main()

@@ -1,9 +1,8 @@
-"""Cross-entropy of a linear head: memory and time of the chunked path, and what the TPU kernels need.
+"""Cross-entropy of a linear head on a CPU: time and memory of the chunked path against full logits.
 
-Time: full logits differentiated by JAX and each implementation by turns in one process; the figure is the
-median over rounds of theirs / full. Memory: temporary bytes of the compiled loss with both gradients. TPU:
-compiled ahead of time for each generation; bytes over floor is what the kernels read and write of HBM, by
-their own formula, over each operand and result once.
+The loss with both gradients, float32. Full logits differentiated by JAX and the chunked path run by turns in
+one process; full / ours is the median over turns, above 1 ours is faster. Memory: temporary bytes of the
+compiled program.
 
     python benchmarks/kernel_xent.py [--quick]
 """
@@ -11,19 +10,15 @@ their own formula, over each operand and result once.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
-import statistics
-import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
+import turns
 
-from pallas_kernels import aot, dispatch, linear_cross_entropy
-from pallas_kernels.cost import linear_cross_entropy as cost
-from pallas_kernels.tpu import linear_cross_entropy as tpu
+from pallas_kernels import linear_cross_entropy
 
 Z_LOSS = 1e-4
 
@@ -36,111 +31,44 @@ def full_logits(x, w, labels):
     return jnp.mean(lse - picked) + Z_LOSS * jnp.mean(jnp.square(lse))
 
 
-def by(implementation, reduction="mean"):
+def chunked(reduction):
     def loss(x, w, labels):
-        options = {"z_loss": Z_LOSS, "reduction": reduction, "implementation": implementation}
+        options = {"z_loss": Z_LOSS, "reduction": reduction, "implementation": "xla_chunked"}
         return jnp.mean(linear_cross_entropy(x, w, labels, **options))
 
     return loss
 
 
-def on_cpu(quick: bool) -> list[dict]:
-    """Memory and time against full logits, loss with both gradients, float32."""
+def measure(quick: bool) -> dict[str, list[dict]]:
+    """One table."""
     rows = []
     for D in (64,) if quick else (128, 512):
-        M, V = (1024, 20000) if quick else (4096, 50304)
+        M, V = (256, 4096) if quick else (4096, 50304)
         keys = jax.random.split(jax.random.key(0), 3)
         x, w = jax.random.normal(keys[0], (M, D)), jax.random.normal(keys[1], (D, V)) / D**0.5
-        labels = jax.random.randint(keys[2], (M,), 0, V)
-        losses = {
-            "full logits": full_logits,
-            "xla_chunked, mean": by("xla_chunked"),
-            "xla_chunked, none": by("xla_chunked", "none"),
-        }
-        compiled = {
-            name: jax.jit(jax.value_and_grad(f, (0, 1))).lower(x, w, labels).compile()
-            for name, f in losses.items()
-        }
-        temp = {name: c.memory_analysis().temp_size_in_bytes for name, c in compiled.items()}
-        ratios = {name: [] for name in losses}
-        for i in range(1 + (3 if quick else 5)):
-            seconds = {}
-            for name in sorted(losses, reverse=i % 2 == 1):
-                start = time.perf_counter()
-                jax.block_until_ready(compiled[name](x, w, labels))
-                seconds[name] = time.perf_counter() - start
-            if i:  # the first round warms up
-                for name, s in seconds.items():
-                    ratios[name].append(s / seconds["full logits"])
-        for name in losses:
+        arrays = x, w, jax.random.randint(keys[2], (M,), 0, V)
+        losses = {"full": full_logits, "mean": chunked("mean"), "none": chunked("none")}
+        programs = {n: turns.compiled(jax.value_and_grad(f, (0, 1)), *arrays) for n, f in losses.items()}
+        seconds = turns.by_turns(programs, *arrays, turns=2 if quick else 5)
+        full = turns.temporary_mb(programs["full"])
+        for name in ("mean", "none"):
+            megabytes = turns.temporary_mb(programs[name])
             rows.append(
                 {
-                    "kernel": "linear_cross_entropy",
-                    "device": "cpu",
-                    "case": f"M {M}, D {D}, V {V}, forward and backward",
-                    "implementation": name,
-                    "temp_mb": round(temp[name] / 1e6, 1),
-                    "memory_saved": round(1 - temp[name] / temp["full logits"], 3),
-                    "time_ratio": round(statistics.median(ratios[name]), 3),
-                    "time_ratio_min": round(min(ratios[name]), 3),
-                    "time_ratio_max": round(max(ratios[name]), 3),
+                    "tokens": M, "features": D, "vocabulary": V, "reduction": name,
+                    "ms": turns.median_ms(seconds[name]),
+                    "full / ours": turns.ratio(seconds["full"], seconds[name]),
+                    "temporary MB": megabytes, "full's MB": full,
+                    "memory saved": round(1 - megabytes / full, 3), "load": turns.load(),
                 }
-            )
-    return rows
-
-
-def on_tpu(quick: bool) -> list[dict]:
-    """Every generation: does it compile, temporary memory, bytes over floor."""
-    M, D, V = (1024, 256, 8192) if quick else (8192, 1024, 50304)
-    shapes = (
-        jax.ShapeDtypeStruct((M, D), jnp.bfloat16),
-        jax.ShapeDtypeStruct((D, V), jnp.bfloat16),
-        jax.ShapeDtypeStruct((M,), jnp.int32),
-    )
-    rows = []
-    for generation in ("v5e",) if quick else dispatch.GENERATIONS:
-        with dispatch.target("tpu", generation):
-            sizes = {k: tpu.blocks(k, M, D, V, shapes[0].dtype, shapes[1].dtype) for k in tpu.BLOCKS}
-        moved = {
-            "forward": cost.forward(M, D, V, tokens=sizes["forward"][0], itemsize=2)["bytes"],
-            "dx": cost.backward_x(M, D, V, tokens=sizes["backward_x"][0], itemsize=2)["bytes"],
-            "dw": cost.backward_w(M, D, V, vocab=sizes["backward_w"][1], itemsize=2, w_itemsize=2)["bytes"],
-        }
-        for what, f in (
-            ("forward", by("pallas_tpu")),
-            ("forward and backward", jax.value_and_grad(by("pallas_tpu"), (0, 1))),
-        ):
-            gradients = what != "forward"
-            compiled = aot.compile_tpu(f, *shapes, generation=generation)
-            bytes_moved = sum(moved.values()) if gradients else moved["forward"]
-            floor = cost.floor_bytes(M, D, V, itemsize=2, w_itemsize=2, gradients=gradients)
-            rows.append(
-                {
-                    "kernel": "linear_cross_entropy",
-                    "device": f"tpu {generation} (compiled only)",
-                    "case": f"M {M}, D {D}, V {V}, {what}, bf16",
-                    "implementation": "pallas_tpu",
-                    "custom_calls": compiled.as_text().count("tpu_custom_call"),
-                    "temp_mb": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1),
-                    "bytes_over_floor": round(bytes_moved / floor, 2),
-                    "flops_per_byte": round((10 if gradients else 2) * M * D * V / bytes_moved),
-                    "blocks": "; ".join(f"{k} {m}x{v}" for k, (m, v) in sizes.items()),
-                }
-            )
-    return rows
-
-
-def measure(quick: bool) -> list[dict]:
-    """Rows for the table of kernels; the TPU's only where libtpu is installed."""
-    rows = on_cpu(quick)
-    return rows + (on_tpu(quick) if importlib.util.find_spec("libtpu") else [])
+            )  # fmt: skip
+    return {"linear_cross_entropy, chunked, with its gradients": rows}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
-    for row in measure(parser.parse_args().quick):
-        print("  ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+    turns.show(measure(parser.parse_args().quick))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Kernels on the device at hand and compiled for those that are not: one module a kernel, one report.
 
-Each ``benchmarks/kernel_<name>.py`` with a ``measure(quick)`` is a section: it returns {title: [row, ...]} or
-rows alone, which are tabled by the columns that they have; ``measure_tpu`` adds what was compiled for TPUs.
+Each ``benchmarks/kernel_<name>.py`` is a section: its ``measure(quick)`` returns {title: rows of one form},
+and no table where this machine cannot fill it.
 
     python benchmarks/kernels.py [--only attention] [--quick] [--write]
 
@@ -26,14 +26,13 @@ RESULTS = HERE / "results" / "kernels.json"
 
 
 def sections() -> dict:
-    """The modules that can be asked, by name."""
+    """The modules by name."""
     found = {}
     for path in sorted(HERE.glob("kernel_*.py")):
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        if hasattr(module, "measure"):
-            found[path.stem.removeprefix("kernel_")] = module
+        found[path.stem.removeprefix("kernel_")] = module
     return found
 
 
@@ -44,19 +43,6 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         lines.append("| " + " | ".join("" if row[name] is None else str(row[name]) for name in head) + " |")
     return "\n".join(lines)
-
-
-def tables_of(module, quick: bool) -> dict[str, list[dict]]:
-    """What a section measured: title -> rows of one form."""
-    found = module.measure(quick)
-    if isinstance(found, dict):
-        return {title: rows for title, rows in found.items() if rows}
-    if hasattr(module, "measure_tpu"):
-        found = [*found, *module.measure_tpu(quick)]
-    forms = {}
-    for row in found:
-        forms.setdefault(tuple(row), []).append(row)
-    return {f"{', '.join(list(form)[:3])} ...": rows for form, rows in forms.items()}
 
 
 def render(results: dict) -> str:
@@ -83,7 +69,7 @@ def main() -> None:
     for name in args.only or known:
         device = jax.devices()[0].device_kind
         load = os.getloadavg()[0]
-        tables = tables_of(known[name], args.quick)
+        tables = {title: rows for title, rows in known[name].measure(args.quick).items() if rows}
         key = f"{name} on {device}"
         results[key] = {"jax": jax.__version__, "cores": os.cpu_count(), "load": load, "tables": tables}
         print(render({key: results[key]}), flush=True)
