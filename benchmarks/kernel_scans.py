@@ -59,14 +59,14 @@ def measure(quick: bool) -> dict[str, list[dict]]:
         for shape in ((2, 512, 128),) if quick else SIZES:
             a, b, dh = inputs(shape, dtype)
             for name, wrap, arrays in (("forward", lambda f: f, (a, b)), ("gradient", gradient, (a, b, dh))):
-                rows.append(_compare(name, wrap, arrays, turns_of=2 if quick else 9))
+                rows.append(_compare(name, wrap, arrays, quick))
     return {"linear_scan": rows}
 
 
-def _compare(name, wrap, arrays, turns_of) -> dict:
-    programs = {f.__name__: turns.compiled(wrap(f), *arrays) for f in (ours, associative_scan, scan)}
-    seconds = turns.by_turns(programs, *arrays, turns=turns_of)
+def _compare(name, wrap, arrays, quick) -> dict:
     B, T, F = arrays[0].shape
+    programs = {f.__name__: turns.compiled(wrap(f), *arrays) for f in (ours, associative_scan, scan)}
+    seconds = turns.by_turns(programs, *arrays, turns=2 if quick else 9 if T <= 4096 else 3)
     return {
         "dtype": str(arrays[0].dtype), "rows": B, "tokens": T, "features": F, "pass": name,
         "ms": turns.median_ms(seconds["ours"]),

@@ -70,6 +70,8 @@ def main() -> None:
         device = jax.devices()[0].device_kind
         load = os.getloadavg()[0]
         tables = {title: rows for title, rows in known[name].measure(args.quick).items() if rows}
+        if not tables:  # what another machine or environment measured stays
+            continue
         key = f"{name} on {device}"
         results[key] = {"jax": jax.__version__, "cores": os.cpu_count(), "load": load, "tables": tables}
         print(render({key: results[key]}), flush=True)
