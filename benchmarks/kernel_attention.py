@@ -25,7 +25,7 @@ PATTERNS = {
     "causal, segments": {"is_causal": True},
     "causal, soft-cap": {"is_causal": True, "logits_soft_cap": 50.0},
 }
-FULL_LOGITS_BYTES = 2**31  # of logits that "xla" may hold
+FULL_LOGITS_BYTES = {True: 2**29, False: 2**31}  # of logits that "xla" may hold, on a CPU or not
 HEADS = 8  # on an accelerator
 
 
@@ -67,9 +67,9 @@ def _compare(pattern, T, H, backward, on_cpu, quick) -> dict:
         return turns.compiled(g, *x)
 
     programs = {"ours": program(None)}
-    if 4 * heads * T * T <= FULL_LOGITS_BYTES:
+    if 4 * heads * T * T <= FULL_LOGITS_BYTES[on_cpu]:
         programs["full"] = program("xla")
-    often = 2 if quick else 1 if on_cpu and T > 8192 else 5
+    often = 2 if quick else 5 if T <= 4096 or not on_cpu else 2 if T <= 8192 else 1
     seconds = turns.by_turns(programs, *x, turns=often, launches=1 if on_cpu else 5)
     full = programs.get("full")
     return {
