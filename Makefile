@@ -21,7 +21,7 @@ quickstart: venv  ## plan, train, fit and report a small compute-optimal study (
 # The interpreter of GPU kernels holds a thread of XLA for each warpgroup that waits: two cores give too few.
 test: venv lint  ## lint and every test
 	@$(BIN)/python -m pytest $(PARALLEL)
-	@NPROC=16 $(BIN)/python -m pytest tests/pallas_kernels/test_gpu_attention.py
+	@NPROC=16 $(BIN)/python -m pytest tests/pallas_kernels/test_gpu_attention.py tests/pallas_kernels/test_ssd_gpu.py
 
 test-fast: venv  ## the tests that take seconds
 	@$(BIN)/python -m pytest -m "not slow" $(PARALLEL)

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import decay_sums, dispatch, sharding
+from pallas_kernels.gpu import ssd as gpu
 from pallas_kernels.tpu import ssd as tpu
 from pallas_kernels.xla import ssd as xla
 
 IMPLEMENTATIONS = {
     "xla_chunked": dispatch.Implementation(xla.forward, xla.backward),
     "pallas_tpu": dispatch.Implementation(tpu.forward, tpu.backward, tpu.refuses),
+    "pallas_gpu": gpu.IMPLEMENTATION,
 }
 
 
@@ -56,8 +58,9 @@ def ssd(
       segment_ids: None or int [B, T]: where the id differs from the token before, the state begins at
         zero again. The first token carries on from ``state0``.
       chunk: tokens that are computed at once, a power of two from 16 to 512; None: the implementation's.
-      implementation: None, ``"xla_chunked"``, ``"pallas_tpu"``, or names in order of preference; a single
-        name is taken or refused, never replaced.
+      implementation: None, ``"xla_chunked"``, ``"pallas_tpu"``, ``"pallas_gpu"`` (Hopper; 16 bits, one
+        decay a head, D and E of 64 or 128; its backward pass is xla_chunked's), or names in order of
+        preference; a single name is taken or refused, never replaced.
       block_sizes: for ``pallas_tpu``: {"heads": value heads of one query-key head that are computed in
         one grid step}, which divides N / K.
 

@@ -69,11 +69,10 @@ def barriers(count, arrivals=1):
     return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 
 
-def load(ref, layout):
-    """A vector of shared memory in registers."""
-    if "idx" in inspect.signature(plgpu.load).parameters:  # until jax 0.11
-        return plgpu.load(ref, (), layout=layout)
-    return plgpu.load(ref, layout=layout)
+def load(ref, layout, *, optimized=True):
+    """Shared memory in registers; global memory too where not ``optimized``."""
+    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # until jax 0.11
+    return plgpu.load(ref, *index, layout=layout, optimized=optimized)
 
 
 def filled(shape, value, layout=MATRIX):
@@ -110,6 +109,14 @@ def add_matmul(total, a, b):
         product = jnp.dot(a, b[...], preferred_element_type=jnp.float32)
         plgpu.commit_smem()  # a load, unlike wgmma, is not ordered before the copies that follow
         return total + product
+    return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.ACC.init(total))
+
+
+def add_outer(total, a, b):
+    """total + a^T @ b in the registers of ``total``; both in shared memory."""
+    if dispatch.interpret_mode():
+        return total + jnp.dot(a[...].T, b[...], preferred_element_type=jnp.float32)
+    a = a.transpose((1, 0))
     return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.ACC.init(total))
 
 
