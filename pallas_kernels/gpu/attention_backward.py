@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import sharding
 from pallas_kernels.gpu import hopper
-from pallas_kernels.gpu.attention_blocks import Problem
+from pallas_kernels.gpu.attention_blocks import Problem, mask_segments
 from pallas_kernels.gpu.hopper import ROWS
 
 # head size -> (keys in a block, slots of the ring, warpgroups)
@@ -71,8 +71,9 @@ def dq(problem: Problem, q_BTNH, k_BSKH, v_BSKH, dout_BTNH, lse2_BNT, delta_BNT,
         def visit(step, acc):
             slot = ring.wait(step)
             s = problem.logits(hopper.matmul(q_smem, k_smem.at[slot].transpose((1, 0)), shape))
-            kv_ids = hopper.load(kv_ids_smem.at[slot], hopper.PER_COLUMN) if segments else None
-            masked = problem.mask(s, q0, (low + step) * keys, q_ids, kv_ids)
+            masked = problem.mask(s, q0, (low + step) * keys)
+            if segments:
+                masked = mask_segments(masked, q_ids, hopper.load(kv_ids_smem.at[slot], hopper.PER_COLUMN))
             p = jnp.exp2(masked - hopper.over_columns(lse, shape))
             dp = hopper.matmul(dout_smem, v_smem.at[slot].transpose((1, 0)), shape)
             ds = p * (dp - hopper.over_columns(delta, shape))
@@ -181,8 +182,9 @@ def _dk_dv(problem, blocks, with_dk, with_dv, q_BTNH, k_BSKH, v_BSKH, dout_BTNH,
             _, q0 = place(step)
             slot = ring.wait(step)
             s = problem.logits(hopper.matmul(k_smem, q_smem.at[slot].transpose((1, 0)), shape))
-            q_ids = hopper.load(q_ids_smem.at[slot], hopper.PER_COLUMN) if segments else None
-            masked = problem.mask(s, q0, k0, q_ids, kv_ids, transposed=True)
+            masked = problem.mask(s, q0, k0, transposed=True)
+            if segments:
+                masked = mask_segments(masked, kv_ids, hopper.load(q_ids_smem.at[slot], hopper.PER_COLUMN))
             p = jnp.exp2(masked - hopper.over_rows(hopper.load(lse_smem.at[slot], hopper.PER_COLUMN), shape))
             if with_dv:
                 dv = hopper.add_matmul(dv, p.astype(dtype), dout_smem.at[slot])

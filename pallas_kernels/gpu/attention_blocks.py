@@ -66,43 +66,48 @@ class Problem:
         ratio = logits * (1 / (self.soft_cap * hopper.LOG2E))
         return 1 - ratio * ratio
 
-    def mask(self, logits, q0, k0, q_ids=None, kv_ids=None, *, transposed=False):
-        """-inf where query q0 + i may not look at key k0 + j; [i, j], or [j, i] where transposed."""
+    def mask(self, logits, q0, k0, *, transposed=False):
+        """-inf where query q0 + i may not look at key k0 + j; [i, j], or [j, i] where transposed.
+
+        Keys past the end count only where a query that there is can see one and they are columns, as rows
+        past the end are written nowhere.
+        """
         shape = logits.shape
         queries, keys = shape[::-1] if transposed else shape
         q_axis, k_axis = (1, 0) if transposed else (0, 1)
+        seen = self.right is None or self.T + self.right > self.S
+        ragged = self.S % keys != 0 and seen and not transposed
 
         def masked(x):
-            ahead = hopper.iota(shape, k_axis) - hopper.iota(shape, q_axis)  # s - t, less k0 - q0
-            allowed = None
+            # two bounds a row, not a position an element: the latter took registers that spilled
+            row, position = hopper.iota(shape, q_axis), hopper.iota(shape, k_axis)
+            allowed = high = None
             if self.right is not None:
-                allowed = _both(allowed, ahead <= q0 - k0 + self.right)
+                high = row + (q0 - k0 + self.right)
+            if ragged:
+                high = self.S - 1 - k0 if high is None else jnp.minimum(high, self.S - 1 - k0)
+            if high is not None:
+                allowed = position <= high
             if self.left is not None:
-                allowed = _both(allowed, ahead >= q0 - k0 - self.left)
-            if self.S % keys:
-                allowed = _both(allowed, hopper.iota(shape, k_axis) < self.S - k0)
-            return x if allowed is None else jnp.where(allowed, x, -math.inf)
+                within = position >= row + (q0 - k0 - self.left)
+                allowed = within if allowed is None else allowed & within
+            return jnp.where(allowed, x, -math.inf)
 
         partial = jnp.bool_(False)
         if self.right is not None:
             partial |= k0 + keys - 1 > q0 + self.right
         if self.left is not None:
             partial |= k0 < q0 + queries - 1 - self.left
-        if self.S % keys:
+        if ragged:
             partial |= k0 + keys > self.S
-        limited = self.right is not None or self.left is not None or self.S % keys
-        logits = lax.cond(partial, masked, lambda x: x, logits) if limited else logits
-        if q_ids is not None:
-            over_queries, over_keys = hopper.over_columns, hopper.over_rows
-            if transposed:
-                over_queries, over_keys = over_keys, over_queries
-            same = over_queries(q_ids, shape) == over_keys(kv_ids, shape)
-            logits = jnp.where(same, logits, -math.inf)
-        return logits
+        limited = self.right is not None or self.left is not None or ragged
+        return lax.cond(partial, masked, lambda x: x, logits) if limited else logits
 
 
-def _both(a, b):
-    return b if a is None else a & b
+def mask_segments(logits, row_ids, column_ids):
+    """-inf where a query and a key are of different segments."""
+    same = hopper.over_columns(row_ids, logits.shape) == hopper.over_rows(column_ids, logits.shape)
+    return jnp.where(same, logits, -math.inf)
 
 
 def _blocks(low, high, size):

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import sharding
 from pallas_kernels.gpu import hopper
-from pallas_kernels.gpu.attention_blocks import Problem
+from pallas_kernels.gpu.attention_blocks import Problem, mask_segments
 from pallas_kernels.gpu.hopper import ROWS
 
 WARPGROUPS = 2
@@ -60,16 +60,18 @@ def forward(problem: Problem, q_BTNH, k_BSKH, v_BSKH, q_ids_BT=None, kv_ids_BS=N
         q_full, q_smem, lse_smem = q_full.at[warpgroup], q_smem.at[warpgroup], lse_smem.at[warpgroup]
         plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], q_smem, q_full)
         if segments:
-            plgpu.copy_gmem_to_smem(q_ids_ref.at[batch, rows], q_ids_smem.at[warpgroup], q_full)
+            q_ids_smem = q_ids_smem.at[warpgroup]
+            plgpu.copy_gmem_to_smem(q_ids_ref.at[batch, rows], q_ids_smem, q_full)
         plgpu.barrier_wait(q_full)
-        q_ids = hopper.load(q_ids_smem.at[warpgroup], hopper.PER_ROW) if segments else None
 
         def attend(step, carry):
             acc, highest, total = carry
             slot = ring.wait(step)
             s = problem.logits(hopper.matmul(q_smem, k_smem.at[slot].transpose((1, 0)), shape))
-            kv_ids = hopper.load(kv_ids_smem.at[slot], hopper.PER_COLUMN) if segments else None
-            s = problem.mask(s, q0, (low + step) * keys, q_ids, kv_ids)
+            s = problem.mask(s, q0, (low + step) * keys)
+            if segments:
+                q_ids = hopper.load(q_ids_smem, hopper.PER_ROW)  # again each time: registers are scarcer
+                s = mask_segments(s, q_ids, hopper.load(kv_ids_smem.at[slot], hopper.PER_COLUMN))
             new = jnp.maximum(highest, s.max(axis=1))
             # of a row that has seen no key yet; -inf less -inf would be NaN
             shift = jnp.where(new == -math.inf, 0.0, new)
