@@ -1,4 +1,4 @@
-"""Attention on Hopper GPUs: what its kernels take of an H100, compiled without one; on a GPU, its time.
+"""Attention and ssd on Hopper GPUs: what the kernels take of an H100, compiled without one; on a GPU, times.
 
 Compiled: registers of a thread, bytes spilled, shared memory of a block, by ptxas (needs JAX's CUDA plugin).
 The kernels use ``wgmma``, which only Hopper has, so there are no rows for A100 or B200.
@@ -7,6 +7,8 @@ Timed, where JAX finds a GPU: this kernel, cuDNN by ``jax.nn`` and tokamax if in
 16 heads, 32k tokens in all; forward, and forward with the gradients of q, k and v. The sides run by turns;
 the figure is the median over rounds. FLOP/s count 2 a multiply-add over the pairs that the causal mask keeps:
 2 products forward, 7 with the gradients (the scores come twice, as published figures count: 3.5 x forward).
+The forward pass of ``ssd`` (16 value heads of 128, one query-key head) runs by turns with that of attention
+of 16 heads of 128, at 2k and 16k tokens.
 
     python benchmarks/kernel_gpu.py [--quick] [--json FILE]
 """
@@ -17,6 +19,7 @@ import argparse
 import functools
 import glob
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -29,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import turns
 
-from pallas_kernels.gpu import attention, cudnn
+from pallas_kernels.gpu import attention, cudnn, ssd
 from pallas_kernels.gpu.resources import kernel_resources
 
 HEADS, TOKENS = 16, 32768
@@ -65,41 +68,57 @@ def compiled(quick: bool) -> list[dict]:
     if not any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")):
         return [{"section": "compiled", "target": "h100", "skipped": "JAX's CUDA plugin is not installed"}]
     rows = []
-    sets = {"causal": {}, "causal, window, soft-cap": {"window": (1023, 0), "logits_soft_cap": 50.0}}
+    everything = {"window": (1023, 0), "logits_soft_cap": 50.0, "segments": True}
+    sets = {"causal": {}, "causal, window, soft-cap, segments, ragged": everything}
     for H in (128,) if quick else attention.HEAD_SIZES:
-        q, k = (jax.ShapeDtypeStruct((1, 4096, n, H), jnp.bfloat16) for n in (16, 4))
-        lse = jax.ShapeDtypeStruct((1, 4096, 16), jnp.float32)
         for name, more in sets.items():
-            o = options(H, **more)
+            T = 4001 if more else 4096
+            q, k = (jax.ShapeDtypeStruct((1, T, n, H), jnp.bfloat16) for n in (16, 4))
+            lse = jax.ShapeDtypeStruct((1, T, 16), jnp.float32)
+            ids = (jax.ShapeDtypeStruct((1, T), jnp.int32),) * 2 if more else ()
+            o = options(H, **{key: value for key, value in more.items() if key != "segments"})
 
-            def ahead(q, k, v, o=o):
-                return attention.forward(q, k, v, *[None] * 5, options=o)
+            def ahead(q, k, v, *ids, o=o):
+                ids = ids or (None, None)
+                return attention.forward(q, k, v, None, None, *ids, None, options=o)
 
-            def back(q, k, v, out, lse, dout, dlse, o=o):
-                return attention.backward(q, k, v, *[None] * 5, out, lse, dout, dlse, options=o)[:3]
+            def back(q, k, v, out, lse, dout, dlse, *ids, o=o):
+                ids = ids or (None, None)
+                arrays = q, k, v, None, None, *ids, None, out, lse, dout, dlse
+                return attention.backward(*arrays, options=o)[:3]
 
-            for function, arrays in ((ahead, (q, k, k)), (back, (q, k, k, q, lse, q, lse))):
-                head = {"section": "compiled", "target": "h100", "head_dim": H, "options": name}
-                try:
-                    found = kernel_resources(function, *arrays)
-                except Exception as e:  # a compiler's failure is a row of the table
-                    rows.append(
-                        head | {"kernel": function.__name__, "compiles": False, "error": str(e)[-200:]}
-                    )
-                    continue
-                rows += [
-                    head
-                    | {
-                        "kernel": r.name,
-                        "compiles": True,
-                        "registers": r.registers,
-                        "spill_stores": r.spill_stores,
-                        "spill_loads": r.spill_loads,
-                        "shared_memory": r.shared_memory,
-                    }
-                    for r in found
-                ]
+            head = {"head_dim": H, "options": name}
+            rows += _resources(ahead, (q, k, k, *ids), head) + _resources(
+                back, (q, k, k, q, lse, q, lse, *ids), head
+            )
+    for B, (D, E) in itertools.product((1, 16), ((128, 64), (64, 128), (128, 128))):
+        arrays = [jax.ShapeDtypeStruct(*x) for x in _scan_shapes(B, 4096, D, E)]
+        run = functools.partial(ssd.chunked, scale=1.0)
+        cost = ssd.cost(B=B, T=4096, K=1, N=HEADS, D=D, E=E)
+        head = {"batch": B, "key_dim": D, "value_dim": E, "gflops": cost.flops / 1e9}
+        rows += _resources(run, arrays, head | {"bytes_over_floor": cost.bytes / cost.floor_bytes})
     return rows
+
+
+def _resources(function, arrays, head) -> list[dict]:
+    head = {"section": "compiled", "target": "h100"} | head
+    try:
+        found = kernel_resources(function, *arrays)
+    except Exception as e:  # a compiler's failure is a row of the table
+        name = getattr(function, "__name__", "ssd")
+        return [head | {"kernel": name, "compiles": False, "error": str(e)[-200:]}]
+    fields = "registers", "spill_stores", "spill_loads", "shared_memory"
+    return [
+        head | {"kernel": r.name, "compiles": True} | {name: getattr(r, name) for name in fields}
+        for r in found
+    ]
+
+
+def _scan_shapes(B, T, D, E):
+    """(shape, dtype) of q, k, v, log_decay and state0 of ``ssd``; one query-key head for all."""
+    wide, narrow = jnp.float32, jnp.bfloat16
+    state, keys = (B, HEADS, D, E), ((B, T, 1, D), narrow)
+    return keys, keys, ((B, T, HEADS, E), narrow), ((B, T, HEADS), wide), (state, wide)
 
 
 def rivals(H):
@@ -130,6 +149,36 @@ def timed(quick: bool) -> list[dict]:
             q, k, v, dout = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
             for name in ("forward", "forward and backward"):
                 rows += _race(name, q, k, v, dout, devices[0].device_kind)
+    return rows
+
+
+def timed_scan(quick: bool) -> list[dict]:
+    """``ssd`` and causal attention of as many heads of 128, forward: 32k tokens in all."""
+    devices = [d for d in jax.devices() if d.platform == "gpu"]
+    if not devices:
+        return [{"section": "timed", "kernel": "ssd", "skipped": "JAX finds no GPU here"}]
+    rows = []
+    for T, D in itertools.product((2048,) if quick else (2048, 16384), (64, 128)):
+        B = TOKENS // T
+        keys = jax.random.split(jax.random.key(0), 8)
+        shapes = _scan_shapes(B, T, D, 128)
+        q, k, v, g, state0 = (jax.random.normal(key, *x) for key, x in zip(keys, shapes, strict=False))
+        g = -jax.nn.softplus(g)
+        aq, ak, av = (jax.random.normal(key, (B, T, HEADS, 128), jnp.bfloat16) for key in keys[5:])
+        sides = {
+            "ssd, pallas_gpu": (functools.partial(ssd.chunked, scale=1.0), (q, k, v, g, state0)),
+            "attention, pallas_gpu": (lambda q, k, v: attend(q, k, v, 128), (aq, ak, av)),
+        }
+        runs = {name: functools.partial(jax.jit(f), *arrays) for name, (f, arrays) in sides.items()}
+        for run in runs.values():
+            jax.block_until_ready(run())
+        seconds = turns.by_turns(runs, turns=ROUNDS, launches=LAUNCHES)
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        head = {"section": "timed", "device": devices[0].device_kind, "jax": jax.__version__}
+        for name, median in medians.items():
+            row = {"implementation": name, "T": T, "key_dim": D, "milliseconds": median * 1e3}
+            over = medians["attention, pallas_gpu"] / median
+            rows.append(head | row | {"times_as_fast_as_attention": over})
     return rows
 
 
@@ -164,8 +213,8 @@ def _race(name, q, k, v, dout, device):
 def measure(quick: bool = False) -> dict[str, list[dict]]:
     """Rows by their form; a part that this machine cannot fill has one row that says why."""
     tables = {}
-    for row in compiled(quick) + timed(quick):
-        tables.setdefault(f"attention on Hopper: {', '.join(row)}", []).append(row)
+    for row in compiled(quick) + timed(quick) + timed_scan(quick):
+        tables.setdefault(f"kernels on Hopper: {', '.join(row)}", []).append(row)
     return tables
 
 
