@@ -4,6 +4,8 @@ What is exponentiated is always the sum of log_decay over a run of tokens, so at
 at most 1; never the difference of two exponentials.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -18,15 +20,28 @@ def chunk_for(T: int, chunk: int) -> int:
     return min(chunk, max(16, 1 << (T - 1).bit_length()))
 
 
-def exact_cumsum(g):
-    """Cumulative sum over the last axis as two arrays to be subtracted one by one.
+def chunks_for(T: int, chunk: int, span: int) -> tuple[int, int, int, int]:
+    """Tokens a chunk; chunks; states that are kept, one each ``span`` tokens at most; chunks from one of
+    them to the next. ``chunk`` and ``span`` are powers of two; a chunk is not longer than a span."""
+    C = min(chunk_for(T, chunk), span)
+    n, count = math.ceil(T / C), math.ceil(T / span)
+    return C, n, count, math.ceil(n / count)
+
+
+def split(g):
+    """log_decay as a multiple of 1/256 and the rest, whose sums are to be subtracted one by one.
 
     A float32 sum of a few hundred decays may be 1e4 with an error of 1e-3, and so would be its
-    differences. The first array holds the multiples of 1/256 and is exact up to ``LONGEST`` tokens of at
-    least ``LOWEST``; the second the rest, below 1 for 512 tokens.
+    differences. Sums of the first part are exact up to ``LONGEST`` tokens of at least ``LOWEST``; those of
+    the second are at most 1 for 512 tokens.
     """
     coarse = jax.lax.stop_gradient(jnp.round(g * 256) / 256)
-    return jnp.cumsum(coarse, -1), jnp.cumsum(g - coarse, -1)
+    return coarse, g - coarse
+
+
+def exact_cumsum(g):
+    """Cumulative sums over the last axis of the two parts of ``split``."""
+    return tuple(jnp.cumsum(x, -1) for x in split(g))
 
 
 def within(g):

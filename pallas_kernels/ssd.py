@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels import decay_sums, dispatch, sharding
 from pallas_kernels.gpu import ssd as gpu
 from pallas_kernels.tpu import ssd as tpu
+from pallas_kernels.tpu.ssd_plan import default_span
 from pallas_kernels.xla import ssd as xla
 
 IMPLEMENTATIONS = {
@@ -25,6 +26,7 @@ class Options(NamedTuple):
     scale: float
     chunk: int | None
     heads: int | None
+    span: int  # tokens at most between two states that a differentiated call keeps, a power of two
 
 
 def ssd(
@@ -61,8 +63,9 @@ def ssd(
       implementation: None, ``"xla_chunked"``, ``"pallas_tpu"``, ``"pallas_gpu"`` (Hopper; 16 bits, one
         decay a head, D and E of 64 or 128; its backward pass is xla_chunked's), or names in order of
         preference; a single name is taken or refused, never replaced.
-      block_sizes: for ``pallas_tpu``: {"heads": value heads of one query-key head that are computed in
-        one grid step}, which divides N / K.
+      block_sizes: {"heads": for ``pallas_tpu`` the value heads of one query-key head that are computed in
+        one grid step, which divides N / K; "span": tokens between the states that are kept where the call
+        is differentiated, a power of two, not below ``chunk``}; either may be left out.
 
     Returns:
       (o [B, T, N, E] in the dtype of ``v``, state [B, N, D, E] in float32, or float64 for float64).
@@ -86,7 +89,12 @@ def ssd(
     check_float("log_decay", log_decay)
     check_state("state0", state0, (B, N, D, E))
     check_segments(segment_ids, (B, T))
-    options = Options(float(scale), check_chunk(chunk), _heads(block_sizes, N // K))
+    blocks = _check_block_sizes(block_sizes, N // K, check_chunk(chunk))
+    if blocks["span"] is None:
+        per_channel = log_decay.ndim == 4
+        span = default_span(K=K, N=N, D=D, E=E, channel=per_channel, itemsize=q.dtype.itemsize)
+        blocks["span"] = max(span, chunk or 0)
+    options = Options(float(scale), chunk, **blocks)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     g = log_decay.astype(dtype)
     g = jnp.where(g < decay_sums.LOWEST, decay_sums.LOWEST, g)
@@ -99,41 +107,44 @@ def ssd(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ssd(choice, options, q, k, v, g, state0):
-    return _forward(choice, options, q, k, v, g, state0)[0]
+def _ssd(choice, options, *arrays):
+    return dispatch.run(choice, _bound("forward", FORWARD, options, arrays, keep=False), *arrays)
 
 
 def _forward(choice, options, *arrays):
-    rule = "{q}, {q}, {v}, {g}, {S} -> {v}, {S}"
-    functions = {
-        name: _per_shard(functools.partial(i.forward, options=options), rule, arrays)
-        for name, i in IMPLEMENTATIONS.items()
-    }
-    return dispatch.run(choice, functions, *arrays), arrays
+    functions = _bound("forward", FORWARD + ", {kept}", options, arrays, keep=True)
+    o, state, kept = dispatch.run(choice, functions, *arrays)
+    # the first of the states kept is state0, which is here for its type alone
+    return (o, state), (arrays, kept)
 
 
-def _backward(choice, options, arrays, cotangents):
-    rule = "{q}, {q}, {v}, {g}, {S}, {v}, {S} -> {q}, {q}, {v}, {g}, {S}"
-    functions = {
-        name: _per_shard(functools.partial(i.backward, options=options), rule, arrays)
-        for name, i in IMPLEMENTATIONS.items()
-    }
-    gradients = dispatch.run(choice, functions, *arrays, *cotangents)
+def _backward(choice, options, residuals, cotangents):
+    arrays, kept = residuals
+    functions = _bound("backward", BACKWARD, options, arrays)
+    gradients = dispatch.run(choice, functions, *arrays[:4], kept, *cotangents)
     return tuple(sharding.placed_like(d, x) for d, x in zip(gradients, arrays, strict=True))
 
 
-def _per_shard(function, rule, arrays):
-    """Each device computes its batch rows and its heads; the tokens and the state are whole."""
+_ssd.defvjp(_forward, _backward)
+
+FORWARD = "{q}, {q}, {v}, {g}, {S} -> {v}, {S}"
+BACKWARD = "{q}, {q}, {v}, {g}, {kept}, {v}, {S} -> {q}, {q}, {v}, {g}, {S}"
+
+
+def _bound(which, rule, options, arrays, **more):
+    """name -> function with its options. Each device computes its batch rows and its heads; the tokens and
+    the states are whole."""
     q, _, v, g, _ = arrays
     K, N = q.shape[2], v.shape[2]
     # where one query-key head serves all, it is kept whole and its value heads are split
     n, sums, sizes = ("n", ("n",), {}) if K == 1 else ("(k g)", (), {"k": K, "g": N // K})
     decay = f"b t {n}" if g.ndim == 3 else f"b t {n} d"
-    rule = rule.format(q="b t k d", v=f"b t {n} e", g=decay, S=f"b {n} d e")
-    return sharding.per_shard(function, rule, whole=("t", "d", "e"), sums=sums, **sizes)
-
-
-_ssd.defvjp(_forward, _backward)
+    rule = rule.format(q="b t k d", v=f"b t {n} e", g=decay, S=f"b {n} d e", kept=f"b c {n} d e")
+    bound = {}
+    for name, implementation in IMPLEMENTATIONS.items():
+        function = functools.partial(getattr(implementation, which), options=options, **more)
+        bound[name] = sharding.per_shard(function, rule, whole=("t", "c", "d", "e"), sums=sums, **sizes)
+    return bound
 
 
 def begins(segment_ids):
@@ -190,12 +201,20 @@ def check_chunk(chunk):
     return chunk
 
 
-def _heads(block_sizes, G):
-    if block_sizes is None:
-        return None
-    if set(block_sizes) != {"heads"}:
-        raise ValueError(f"block_sizes is {dict(block_sizes)!r}; its one key is 'heads'")
-    heads = block_sizes["heads"]
-    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or G % heads:
+def _check_block_sizes(block_sizes, G, chunk):
+    """{"heads": ..., "span": ...}, None where not given."""
+    blocks = {"heads": None, "span": None} | dict(block_sizes or {})
+    if len(blocks) != 2:
+        raise ValueError(f"block_sizes is {dict(block_sizes)!r}; its keys are 'heads' and 'span'")
+    heads, span = blocks["heads"], blocks["span"]
+    if heads is not None and (not _is_positive(heads) or G % heads):
         raise ValueError(f"block_sizes has heads {heads!r}; it must divide the {G} value heads a query head")
-    return heads
+    if span is not None and (not _is_positive(span) or span & (span - 1) or span < (chunk or 16)):
+        raise ValueError(
+            f"block_sizes has span {span!r}; it must be a power of two of at least {chunk or 16}, a chunk"
+        )
+    return blocks
+
+
+def _is_positive(x):
+    return isinstance(x, int) and not isinstance(x, bool) and x > 0

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import decay_sums
+
 
 class HeadGradients(NamedTuple):
     """Of one value head, float32. ``dq`` and ``dk`` lack the part through ``dqk``."""
@@ -41,14 +43,31 @@ def _tokens(C):
 
 
 # One decay a head: ``decay`` is its sums from the first token, exact ones and rests (see
-# ``decay_sums.exact_cumsum``), once as two columns [C, 1] and once as two rows [1, C].
+# ``decay_sums.split``), once as two columns [C, 1] and once as two rows [1, C].
 
 
-def scalar_decay(columns, rows, h, heads):
-    """Head h of blocks [C, 2 heads] and [2 heads, C]."""
-    return tuple(columns[:, i : i + 1] for i in (h, heads + h)), tuple(
-        rows[i : i + 1] for i in (h, heads + h)
-    )
+def scalar_sums(g_HC):
+    """Sums of log_decay from the first token on of H heads: two arrays [C, H], the same as [H, C].
+
+    Products with ones, in which three bfloat16 parts of a float32 lose nothing; so a sum of coarse ones, all
+    of whose partial sums are multiples of 1/256 below 2^16, is exact in any order.
+    """
+    t, s = _tokens(g_HC.shape[1])
+    ones = jnp.where(s <= t, 1.0, 0.0)
+    parts = decay_sums.split(g_HC)
+    return [dot(ones, x, 1, 1, jnp.float32) for x in parts], [dot(x, ones, 1, 1, jnp.float32) for x in parts]
+
+
+def scalar_decay(columns, rows, h):
+    """Of head h."""
+    return tuple(x[:, h : h + 1] for x in columns), tuple(x[h : h + 1] for x in rows)
+
+
+def scalar_decay_gradient(columns_CH, rows_HC):
+    """Of log_decay [H, C]: a token takes part in every sum from it on, whose gradients are two parts."""
+    t, s = _tokens(rows_HC.shape[1])
+    ones = jnp.where(s <= t, 1.0, 0.0)
+    return dot(columns_CH, ones, 0, 0, jnp.float32) + dot(rows_HC, ones, 1, 0, jnp.float32)
 
 
 def _ends(decay):

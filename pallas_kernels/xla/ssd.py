@@ -6,8 +6,9 @@ With b the running sum of log_decay within a chunk (inclusive) and S the state b
     o_t = scale sum_{s <= t} (q_t . exp(b_t - b_s) k_s) v_s + scale (q_t exp(b_t)) S
     S'  = exp(b_C) S + sum_s (exp(b_C - b_s) k_s) v_s^T
 
-The forward pass keeps its arguments alone. The backward pass computes the state before each chunk again
-and then walks the chunks from the last to the first, differentiating one at a time.
+A forward pass that will be differentiated keeps its arguments and the state once each some hundred tokens.
+The backward pass takes the runs of chunks between two of those from the last to the first; in each it
+computes the state before every chunk again and then walks the chunks back, differentiating one at a time.
 """
 
 import functools
@@ -21,33 +22,41 @@ from pallas_kernels import decay_sums
 CHUNK = 64  # of 32, 64, 128 and 256 the quickest gradient on a loaded two-core CPU, T 4096, 8 heads of 64
 
 
-def forward(q_BTKD, k_BTKD, v_BTNE, g, state0_BNDE, *, options):
-    """(o [B, T, N, E], state [B, N, D, E]); g is log_decay, at least ``decay_sums.LOWEST``."""
-    chunks, (T, _) = _chunks(q_BTKD, k_BTKD, v_BTNE, g, options)
+def forward(q_BTKD, k_BTKD, v_BTNE, g, state0_BNDE, *, options, keep):
+    """(o [B, T, N, E], state [B, N, D, E]), and with ``keep`` states [B, spans, N, D, E], one before each
+    span of tokens; g is log_decay, at least ``decay_sums.LOWEST``."""
+    runs, T = _runs(q_BTKD, k_BTKD, v_BTNE, g, options)
     step = functools.partial(_chunk, scale=options.scale)
-    state, o_cBKGCE = jax.lax.scan(step, _grouped_state(state0_BNDE, q_BTKD), chunks)
-    return _join(o_cBKGCE, T, (2, 3)), state.reshape(state0_BNDE.shape)
+
+    def run(S, chunks):
+        last, o = jax.lax.scan(step, S, chunks)
+        return last, (o, S if keep else None)
+
+    state, (o, kept) = jax.lax.scan(run, _grouped_state(state0_BNDE, q_BTKD), runs)
+    out = _join(o, T, (2, 3)), state.reshape(state0_BNDE.shape)
+    return (*out, _kept_back(kept, state0_BNDE)) if keep else out
 
 
-def backward(q_BTKD, k_BTKD, v_BTNE, g, state0_BNDE, do_BTNE, dstate_BNDE, *, options):
+def backward(q_BTKD, k_BTKD, v_BTNE, g, kept, do_BTNE, dstate_BNDE, *, options):
     """Gradients of q, k, v, g and state0."""
-    chunks, (T, C) = _chunks(q_BTKD, k_BTKD, v_BTNE, g, options)
-    _, starts = jax.lax.scan(
-        lambda S, chunk: (_next_state(S, *chunk[1:]), S), _grouped_state(state0_BNDE, q_BTKD), chunks
-    )
-    do_cBKGCE = _split(do_BTNE, q_BTKD.shape[2], C)
+    runs, T = _runs(q_BTKD, k_BTKD, v_BTNE, g, options)
+    do = _split(do_BTNE, q_BTKD.shape[2], *runs[0].shape[:2], runs[0].shape[4])
+    kept = jnp.moveaxis(_grouped_state(kept, q_BTKD), 1, 0)
 
     def step(dS, now):
         S, chunk, do = now
         _, pull = jax.vjp(lambda S, chunk: _chunk(S, chunk, scale=options.scale), S, chunk)
         return pull((dS, do))
 
-    dS, grads = jax.lax.scan(
-        step, _grouped_state(dstate_BNDE, q_BTKD), (starts, chunks, do_cBKGCE), reverse=True
-    )
+    def run(dS, now):
+        S, chunks, do = now
+        _, starts = jax.lax.scan(lambda S, chunk: (_next_state(S, *chunk[1:]), S), S, chunks)
+        return jax.lax.scan(step, dS, (starts, chunks, do), reverse=True)
+
+    dS, grads = jax.lax.scan(run, _grouped_state(dstate_BNDE, q_BTKD), (kept, runs, do), reverse=True)
     heads = (2,), (2,), (2, 3), (2, 3)
     dq, dk, dv, dg = (_join(x, T, axes) for x, axes in zip(grads, heads, strict=True))
-    return dq, dk, dv, dg, dS.reshape(state0_BNDE.shape)
+    return dq, dk, dv, dg, dS.reshape(dstate_BNDE.shape)
 
 
 def _chunk(S_BKGDE, chunk, *, scale):
@@ -98,34 +107,43 @@ def _dot(rule, x, y):
     return jnp.einsum(rule, x, y, preferred_element_type=dtype, precision=precision)
 
 
-def _chunks(q, k, v, g, options):
+def _runs(q, k, v, g, options):
+    """Arrays as runs of chunks (see ``_split``), and the tokens."""
     T, K = q.shape[1:3]
-    C = decay_sums.chunk_for(T, options.chunk or CHUNK)
-    return (_split(q, None, C), _split(k, None, C), _split(v, K, C), _split(g, K, C)), (T, C)
+    C, _, count, per = decay_sums.chunks_for(T, options.chunk or CHUNK, options.span)
+    heads = (None, None, K, K)
+    return tuple(_split(x, h, count, per, C) for x, h in zip((q, k, v, g), heads, strict=True)), T
 
 
-def _split(x, K, C):
-    """[B, T, N, ...] to [chunks, B, K, G, C, ...], or [chunks, B, N, C, ...] where K is None.
+def _split(x, K, count, per, C):
+    """[B, T, N, ...] to [count, per, B, K, G, C, ...], or [count, per, B, N, C, ...] where K is None.
 
     What is added at the end has key, value and log_decay 0: it leaves the state as it is.
     """
     (B, T, N), rest = x.shape[:3], x.shape[3:]
-    n = math.ceil(T / C)
-    x = jnp.pad(x, [(0, 0), (0, n * C - T)] + [(0, 0)] * (x.ndim - 2))
+    x = jnp.pad(x, [(0, 0), (0, count * per * C - T)] + [(0, 0)] * (x.ndim - 2))
     heads = (N,) if K is None else (K, N // K)
-    x = x.reshape(B, n, C, *heads, *rest)
-    return jnp.moveaxis(jnp.moveaxis(x, 2, 2 + len(heads)), 1, 0)
+    x = x.reshape(B, count, per, C, *heads, *rest)
+    return jnp.moveaxis(jnp.moveaxis(x, 3, 3 + len(heads)), 0, 2)
 
 
 def _join(x, T, heads):
-    """The inverse of ``_split``; ``heads`` are the axes of heads."""
+    """The inverse of ``_split``; ``heads`` are the axes of heads in [chunks, B, heads, C, ...]."""
+    x = x.reshape(-1, *x.shape[2:])
     x = jnp.moveaxis(jnp.moveaxis(x, 0, 1), 2 + len(heads), 2)  # [B, chunks, C, heads, ...]
     B, n, C = x.shape[:3]
     N = math.prod(x.shape[3 : 3 + len(heads)])
     return x.reshape(B, n * C, N, *x.shape[3 + len(heads) :])[:, :T]
 
 
-def _grouped_state(state_BNDE, q_BTKD):
-    B, N, D, E = state_BNDE.shape
+def _grouped_state(state, q_BTKD):
+    """[..., N, D, E] to [..., K, G, D, E]."""
+    *lead, N, D, E = state.shape
     K = q_BTKD.shape[2]
-    return state_BNDE.reshape(B, K, N // K, D, E)
+    return state.reshape(*lead, K, N // K, D, E)
+
+
+def _kept_back(kept, state_BNDE):
+    """[count, B, K, G, D, E] to [B, count, N, D, E]."""
+    B, *rest = state_BNDE.shape
+    return jnp.moveaxis(kept, 0, 1).reshape(B, -1, *rest)

@@ -1,5 +1,7 @@
 """State-space duality and gated linear attention against loops, the quadratic form and float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from ssd_oracles import FLOAT32, FLOAT64, agree, exact, make, running, segments, with_gradients
 
 from pallas_kernels import decay_sums, ssd
+from pallas_kernels.ssd import IMPLEMENTATIONS, Options
 
 BOTH = ("xla_chunked", "pallas_tpu")
 
@@ -57,8 +60,14 @@ def test_the_reference_equals_loops_and_the_quadratic_form(channel):
     agree((o,), (quadratic(q, k, v, g, seg, 0.7),), FLOAT64, ("o",))
 
 
-# B, T, K, N, D, E, chunk: ragged, of one token, whole chunks, one query-key head for all, D > E and D < E.
-SHAPES = [(2, 37, 2, 4, 8, 6, 16), (1, 1, 1, 1, 4, 3, None), (1, 64, 1, 3, 5, 16, 32)]
+def in_spans(*arrays, **options):
+    """A state kept each 32 tokens at most, and heads of a query-key head one by one."""
+    return ssd(*arrays, block_sizes={"span": 32, "heads": 1}, **options)
+
+
+# B, T, K, N, D, E, chunk: three spans of chunks of which the last is ragged, one token, whole chunks with one
+# query-key head for all; D > E and D < E.
+SHAPES = [(2, 70, 2, 4, 8, 6, 16), (1, 1, 1, 1, 4, 3, None), (1, 64, 1, 3, 5, 16, 32)]
 
 
 @pytest.mark.parametrize("implementation", BOTH)
@@ -68,9 +77,10 @@ def test_equals_float64_in_value_and_every_gradient(shape, channel, implementati
     *sizes, chunk = shape
     arrays = make(*sizes, channel=channel)
     seg = segments(*sizes[:2])
+    function = in_spans if shape is SHAPES[0] else ssd
     with running(implementation):
         ours = with_gradients(
-            ssd, arrays, segment_ids=seg, scale=0.5, chunk=chunk, implementation=implementation
+            function, arrays, segment_ids=seg, scale=0.5, chunk=chunk, implementation=implementation
         )
     agree(ours, exact(arrays, scale=0.5, segment_ids=seg), FLOAT32)
 
@@ -103,18 +113,18 @@ def test_bfloat16(channel, implementation):
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     st.booleans(), st.sampled_from(BOTH), st.integers(0, 10**6), st.floats(1e-4, 60.0),
-    st.lists(st.sampled_from([0, 1, 15, 16, 17, 31, 32, 36]), max_size=4),
+    st.lists(st.sampled_from([0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 69]), max_size=4),
 )  # fmt: skip
 def test_any_decay_and_any_segments(channel, implementation, seed, size, starts):
     *sizes, chunk = SHAPES[0]  # the same programs as above
     arrays = make(*sizes, channel=channel, seed=seed)
     arrays[3] = arrays[3] * np.float32(size)
-    seg = np.zeros((2, 37), np.int32)
+    seg = np.zeros((2, 70), np.int32)
     for t in starts:  # ids that fall and return as well
         seg[1, t:] = (seg[1, t:] + 1) % 2
     with running(implementation):
         ours = with_gradients(
-            ssd, arrays, segment_ids=seg, scale=0.5, chunk=chunk, implementation=implementation
+            in_spans, arrays, segment_ids=seg, scale=0.5, chunk=chunk, implementation=implementation
         )
     agree(ours, exact(arrays, scale=0.5, segment_ids=seg), FLOAT32)
 
@@ -163,7 +173,9 @@ def test_under_vmap_remat_and_scan(implementation):
     arrays = make(B=3, T=20)
 
     def loss(q, k, v, g, state0, do):
-        o, state = ssd(q, k, v, g, state0=state0, chunk=16, implementation=implementation)
+        o, state = ssd(
+            q, k, v, g, state0=state0, chunk=16, implementation=implementation, block_sizes={"span": 16}
+        )
         return jnp.sum(o * do) + jnp.sum(state**2)
 
     def gradients(f):
@@ -176,6 +188,36 @@ def test_under_vmap_remat_and_scan(implementation):
 
     with running(implementation):
         agree(gradients(in_parts), gradients(loss), FLOAT32, ("dq", "dk", "dv", "dlog_decay", "dstate0"))
+
+
+@pytest.mark.parametrize("implementation", BOTH)
+def test_the_states_kept_are_those_before_each_span(implementation):
+    arrays = make(T=70)[:5]
+    arrays[3] = np.maximum(arrays[3], decay_sums.LOWEST)
+    options = Options(scale=1.0, chunk=16, heads=None, span=32)
+    with running(implementation):
+        forward = jax.jit(
+            functools.partial(IMPLEMENTATIONS[implementation].forward, options=options, keep=True)
+        )
+        kept = np.asarray(forward(*arrays)[2], np.float64)
+    seg = np.zeros((2, 70), np.int32)
+    want = [in_loops(*(x[:, :t] for x in arrays[:4]), arrays[4], 1.0, seg)[1] for t in (0, 32, 64)]
+    agree((kept,), (np.stack(want, 1),), FLOAT32, ("kept",))
+
+
+def test_states_are_kept_for_gradients_alone_and_alike_whatever_the_platform():
+    q, k, v, g, state0 = make(T=70)[:5]
+
+    def loss(q, k, v, g, implementation=None):
+        return ssd(q, k, v, g, state0=state0, block_sizes={"span": 32}, implementation=implementation)[
+            0
+        ].sum()
+
+    kept = "f32[2,2,3,2,128,128]"  # B, K, spans, N / K, and E and D in whole lanes
+    assert kept not in str(jax.make_jaxpr(functools.partial(loss, implementation="pallas_tpu"))(q, k, v, g))
+    # of no platform yet, both implementations are branches of one trace, and must keep the same
+    traced = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2, 3)))(q, k, v, g))
+    assert kept in traced and "platform_index" in traced
 
 
 @pytest.mark.slow
@@ -207,7 +249,12 @@ ERRORS = [
     ({"segment_ids": np.zeros((5, 2), np.int32)}, r"segment_ids has shape \(5, 2\); it must be \(2, 5\)"),
     ({"segment_ids": np.zeros((2, 5))}, "segment_ids has dtype float32; it must be an integer dtype"),
     ({"chunk": 48}, "chunk is 48; it must be None or one of 16, 32, 64, 128, 256, 512"),
-    ({"block_sizes": {"chunk": 8}}, "block_sizes is .*; its one key is 'heads'"),
+    ({"block_sizes": {"chunk": 8}}, "block_sizes is .*; its keys are 'heads' and 'span'"),
+    ({"block_sizes": {"span": 48}}, "block_sizes has span 48; it must be a power of two of at least 16"),
+    (
+        {"block_sizes": {"span": 32}, "chunk": 64},
+        "block_sizes has span 32; it must be a power of two of at least 64, a chunk",
+    ),
     ({"block_sizes": {"heads": 3}}, "block_sizes has heads 3; it must divide the 2 value heads"),
     ({"implementation": "cudnn"}, "'cudnn'.*which ssd does not have; it has 'xla_chunked', 'pallas_tpu'"),
 ]
@@ -231,7 +278,7 @@ def test_the_tpu_kernels_refuse_what_they_cannot_hold():
     def run(q, k, v, g):
         return ssd(q, k, v, g, implementation="pallas_tpu")
 
-    with pytest.raises(ValueError, match="64 heads of 256 x 256 take 16 MiB of VMEM"):
+    with pytest.raises(ValueError, match="64 heads of 256 x 256 and 16 tokens .* MiB of VMEM, more than 15"):
         jax.eval_shape(run, x, x, v, g)
     half = jax.ShapeDtypeStruct((1, 16, 1, 8), jnp.float16)
     with pytest.raises(ValueError, match="q has dtype float16; it must be float32 or bfloat16"):
