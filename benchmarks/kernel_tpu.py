@@ -16,10 +16,8 @@ import argparse
 import functools
 import importlib
 import importlib.util
-import json
 import math
 import os
-import pathlib
 import re
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -36,11 +34,10 @@ from pallas_kernels.tpu import (
     linear_cross_entropy,
     linear_cross_entropy_blocks,
     linear_scan_blocks,
-    ssd,
+    ssd_blocks,
 )  # fmt: skip
 
 bf16, f32, i32 = jnp.bfloat16, jnp.float32, jnp.int32
-SSD_RANKED = pathlib.Path(ssd.__file__).with_name("ssd_blocks.json")
 BYTES = re.compile(r'"bytes_accessed":"(\d+)"')
 
 
@@ -79,7 +76,7 @@ def cases(quick: bool) -> dict:
         "ssd, Mamba-2": ("ssd", pk.ssd, (mamba[0], *mamba), 4, mamba2),
         "ssd, a decay a head": ("ssd", pk.ssd, (h, h, h, decay), 4, per_head),
         "ssd, a decay a channel": ("ssd", pk.ssd, (h, h, h, decays), 4, per_channel),
-        "mlstm": ("ssd", pk.mlstm, (h, h, h, decay, decay), 5, per_head),
+        "mlstm": ("ssd", pk.mlstm, (h, h, h, decay, decay), 5, of_mlstm),
         "gated_delta_rule": ("gated_delta_rule", pk.gated_delta_rule, (q, q, q, beta, beta), 5, delta),
         "linear_cross_entropy": ("linear_cross_entropy", pk.linear_cross_entropy, head, 2, xent),
         "causal_conv1d": ("causal_conv1d", pk.causal_conv1d, conv, 2, lambda *_: ("", "")),
@@ -114,13 +111,14 @@ def of_cross_entropy(M, D, V, generation, gradient):
 
 
 def of_ssd(case, generation, gradient):
-    plan = "ssd_plan" if importlib.util.find_spec("pallas_kernels.tpu.ssd_plan") else "ssd"
-    chunk = importlib.import_module(f"pallas_kernels.tpu.{plan}").CHUNKS[generation][case == "channel"]
-    rows = json.loads(SSD_RANKED.read_text())["rows"] if gradient else ()
-    for row in rows:
-        if (row["generation"], row["case"], row["chunk"]) == (generation, case, chunk):
-            return f"chunk {chunk}", f"{row['bundles_per_token_and_head']} per token and head"
-    return f"chunk {chunk}", ""
+    chunk = ssd_blocks.CHUNKS[generation][case == "channel"]
+    cycles = ssd_blocks.BUNDLES[generation][case, chunk]
+    return f"chunk {chunk}", f"{'; '.join(map(str, cycles[: 1 + gradient]))} per {ssd_blocks.UNIT}"
+
+
+def of_mlstm(generation, gradient):
+    """One channel more than what was ranked: no cycles."""
+    return of_ssd("head", generation, gradient)[0], ""
 
 
 def measure(quick: bool) -> dict[str, list[dict]]:

@@ -193,6 +193,9 @@ def _attention(which, block_q, block_kv):
     return Case(f, shapes, B * N * T * T / 1024)
 
 
+SSD_SPANS = {"mamba": 1024, "head": 512, "channel": 512}
+
+
 def _ssd(which, case, chunk):
     import jax
     import jax.numpy as jnp
@@ -202,7 +205,19 @@ def _ssd(which, case, chunk):
     B, T, K, N, D, E = (1, 4096, 1, 32, 128, 64) if case == "mamba" else (1, 4096, 16, 16, 128, 128)
     q, v = jax.ShapeDtypeStruct((B, T, K, D), jnp.bfloat16), jax.ShapeDtypeStruct((B, T, N, E), jnp.bfloat16)
     g = jax.ShapeDtypeStruct((B, T, N, D) if case == "channel" else (B, T, N), jnp.float32)
-    return Case(lambda *x: ssd(*x, chunk=chunk)[0], (q, q, v, g), B * T * N)
+    span = SSD_SPANS[case]  # as `default_span` chooses
+
+    def forward(*x):
+        return ssd(*x, chunk=chunk, block_sizes={"span": span})[0]
+
+    def backward(do, *x):
+        return jax.vjp(forward, *x)[1](do)
+
+    if which == "forward":
+        return Case(forward, (q, q, v, g), B * T * N)
+    chunks = span // chunk  # their states again but for the last's, then their gradients; one turn is no loop
+    again = () if chunks == 2 else (chunks - 1,)
+    return Case(backward, (v, q, q, v, g), B * T * N, turns=(*again, chunks))
 
 
 # kernel -> (case of a pass and sizes, passes, what a unit is, candidates)
@@ -239,9 +254,9 @@ KERNELS = {
     ),
     "ssd": (
         _ssd,
-        ("forward",),
+        ("forward", "backward"),
         "token and head",
-        (("mamba", 128), ("mamba", 256), ("head", 256), ("channel", 128)),
+        tuple((case, chunk) for case in ("mamba", "head", "channel") for chunk in (64, 128, 256)),
     ),
 }
 
@@ -264,7 +279,9 @@ def rank(kernel, generation, sizes, which, directory) -> dict:
             raise
         return row | {"cycles": None, "why": "does not fit in VMEM"}
     found = schedules(directory)
-    ours = [s for s in found if re.search(rf"{which}(\.\d+)?$", s.name)] if len(found) > 1 else found
+    ours = (
+        [s for s in found if re.search(rf"{which}(_kernel)?(\.\d+)?$", s.name)] if len(found) > 1 else found
+    )
     if len(ours) != 1:
         raise RuntimeError(f"{kernel} {which}: kernels {[s.name for s in found]} in the dump")
     cycles = ours[0].cycles(case.turns)

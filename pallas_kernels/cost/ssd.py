@@ -43,7 +43,7 @@ def backward(*, B, T, K, N, D, E, chunk, kept, channel, itemsize) -> Cost:
     again = T - _tokens_of_last_chunks(T, chunk, kept)
     flops = 2 * B * (z.pairs * (3 * D * z.products + 2 * E * N) + (4 * T + again) * N * D * E)
     exponentials = z.exponentials + B * N * again * (D if channel else 1)
-    moved = 4 * z.keys + 3 * z.values + 2 * z.decay + (2 + kept) * z.state
+    moved = 4 * z.keys + 3 * z.values + z.decay + z.decay_gradient + (2 + kept) * z.state
     return Cost(flops, exponentials, moved, z.floor_backward)
 
 
@@ -64,7 +64,9 @@ class _Sizes:
         self.exponentials = B * N * (T * D * (levels + 2) if channel else self.pairs + 2 * T)
         self.keys = B * padded * K * D * itemsize
         self.values = B * padded * N * E * itemsize
-        self.decay = 4 * B * padded * N * (D if channel else 1)
+        # one a head: an exact sum and a rest
+        self.decay = 4 * B * padded * N * (D if channel else 2)
+        self.decay_gradient = 4 * B * padded * N * (D if channel else 1)
         self.state = 4 * B * N * D * E
         q, v, decay = (
             B * T * K * D * itemsize,

@@ -44,14 +44,17 @@ def refuses(q_BTKD, k_BTKD, v_BTNE, g, state0_BNDE, *, options):
             return f"{name} has head size {x.shape[-1]}; it must be one of {', '.join(map(str, SIZES))}"
     if options.chunk not in (None, CHUNK):
         return f"chunk is {options.chunk}; this kernel has chunks of {CHUNK}"
-    if getattr(options, "heads", None) is not None:
+    if options.heads is not None:
         return f"block_sizes has heads {options.heads}; this kernel has its own"
+    if options.span < CHUNK:
+        return f"block_sizes has span {options.span}; this kernel has chunks of {CHUNK}"
     return None
 
 
 def cost(*, B, T, K, N, D, E) -> cost_ssd.Cost:
     """Of ``forward``: as ``cost.ssd`` counts, but bytes as this kernel moves them: q and k once a block."""
-    counted = cost_ssd.forward(B=B, T=T, K=K, N=N, D=D, E=E, chunk=CHUNK, channel=False, itemsize=2)
+    sizes = dict(B=B, T=T, K=K, N=N, D=D, E=E, chunk=CHUNK, channel=False, itemsize=2)
+    counted = cost_ssd.forward(**sizes, kept=0, keep=False)
     warpgroups, units = _layout(B, K, N, E)
     keys, values = T * K * D * 2, T * N * E * 2
     decay = 8 * -(-T // CHUNK) * CHUNK * N * (E // CHANNELS)
@@ -59,9 +62,11 @@ def cost(*, B, T, K, N, D, E) -> cost_ssd.Cost:
     return counted._replace(bytes=moved)
 
 
-def forward(q_BTKD, k_BTKD, v_BTNE, g_BTN, state0_BNDE, *, options):
-    """(o [B, T, N, E], state [B, N, D, E]); g is log_decay, at least ``decay_sums.LOWEST``."""
-    return chunked(q_BTKD, k_BTKD, v_BTNE, g_BTN, state0_BNDE, scale=options.scale)
+def forward(q_BTKD, k_BTKD, v_BTNE, g_BTN, state0_BNDE, *, options, keep):
+    """(o [B, T, N, E], state [B, N, D, E]), and with ``keep`` states [B, spans, N, D, E], one before each
+    span of tokens; g is log_decay, at least ``decay_sums.LOWEST``."""
+    every = decay_sums.chunks_for(q_BTKD.shape[1], CHUNK, options.span)[3] if keep else None
+    return chunked(q_BTKD, k_BTKD, v_BTNE, g_BTN, state0_BNDE, scale=options.scale, every=every)
 
 
 def backward(*arrays, options):

@@ -4,7 +4,7 @@ Forward, a grid step is one chunk: q and k are read once a chunk for all value h
 o once in all. Where it will be differentiated it writes the state too, once each some hundred tokens
 (``options.span``). Backward, a grid step is the tokens between two of those states, from the last such run
 to the first: it computes the states before its chunks again from what it holds in VMEM, then walks the
-chunks back, so every array is moved once.
+chunks back, so every array is moved once. Of one decay a head the sums within chunks are taken before.
 """
 
 import jax.numpy as jnp
@@ -55,8 +55,9 @@ def backward(q_BTKD, k_BTKD, v_BTNE, g, kept, do_BTNE, dstate_BNDE, *, options):
         _backward_kernel,
         [p.key_spec(), p.key_spec(), p.value_spec(p.E), p.value_spec(p.E), p.decay_spec(), p.kept_spec(),
          p.state_spec(at=0)],
-        [p.key_spec(), p.key_spec(), p.value_spec(p.E), p.decay_spec(), p.state_spec(at=p.steps - 1)],
-        [p.key_shape(), p.key_shape(), p.value_shape(), p.decay_shape(), p.state_shape()],
+        [p.key_spec(), p.key_spec(), p.value_spec(p.E), p.decay_spec(of_gradient=True),
+         p.state_spec(at=p.steps - 1)],
+        [p.key_shape(), p.key_shape(), p.value_shape(), p.decay_gradient_shape(), p.state_shape()],
         [(p.G, p.E, p.D), (p.per, p.heads, p.E, p.D), (p.per * p.C, p.D), (p.per * p.C, p.D)]
         + ([] if p.channel else [runs, runs, (p.C, p.heads), (p.heads, p.C)]),
         cost.backward(**p.sizes()),

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import decay_sums
+TILE = 8  # rows of a tile of float32
 
 
 class HeadGradients(NamedTuple):
@@ -46,16 +46,17 @@ def _tokens(C):
 # ``decay_sums.split``), once as two columns [C, 1] and once as two rows [1, C].
 
 
-def scalar_sums(g_HC):
-    """Sums of log_decay from the first token on of H heads: two arrays [C, H], the same as [H, C].
+def scalar_sums(rows):
+    """Exact sums of H heads, then their rests, [2H, C]: two arrays [C, H], and the two as they are."""
+    H = rows.shape[0] // 2
+    columns = _transposed(rows)
+    return (columns[:, :H], columns[:, H:]), (rows[:H], rows[H:])
 
-    Products with ones, in which three bfloat16 parts of a float32 lose nothing; so a sum of coarse ones, all
-    of whose partial sums are multiples of 1/256 below 2^16, is exact in any order.
-    """
-    t, s = _tokens(g_HC.shape[1])
-    ones = jnp.where(s <= t, 1.0, 0.0)
-    parts = decay_sums.split(g_HC)
-    return [dot(ones, x, 1, 1, jnp.float32) for x in parts], [dot(x, ones, 1, 1, jnp.float32) for x in parts]
+
+def _transposed(x):
+    """By whole tiles."""
+    rows, columns = x.shape
+    return jnp.pad(x, ((0, -rows % TILE), (0, -columns % TILE))).T[:columns, :rows]
 
 
 def scalar_decay(columns, rows, h):
@@ -64,10 +65,8 @@ def scalar_decay(columns, rows, h):
 
 
 def scalar_decay_gradient(columns_CH, rows_HC):
-    """Of log_decay [H, C]: a token takes part in every sum from it on, whose gradients are two parts."""
-    t, s = _tokens(rows_HC.shape[1])
-    ones = jnp.where(s <= t, 1.0, 0.0)
-    return dot(columns_CH, ones, 0, 0, jnp.float32) + dot(rows_HC, ones, 1, 0, jnp.float32)
+    """Of the sums [H, C], whose gradient as a column and as a row are two parts of it."""
+    return rows_HC + _transposed(columns_CH)
 
 
 def _ends(decay):

@@ -13,19 +13,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import decay_sums, dispatch, sharding
+from pallas_kernels.tpu.ssd_blocks import CHUNKS
 
-# Tokens a chunk by the kind of decay, (a head, a channel): the best of ``ssd_blocks.json`` on v5e, where
-# backward was two kernels yet, and on the others what compiles with room to spare in VMEM.
-CHUNKS = {
-    None: (128, 64),
-    "v4": (128, 64),
-    "v5e": (256, 128),
-    "v5p": (128, 64),
-    "v6e": (256, 64),
-    "tpu7x": (256, 64),
-}
 LANES = 128
 HEADS = 8  # value heads a grid step at most
+FEWEST = 32  # tokens a chunk that is halved to fit
 SEMANTICS = ("parallel", "parallel", "arbitrary", "arbitrary")
 # Bytes of VMEM that a kernel may take: v4 has 16 MiB, which any may be where none is named, the others 64
 # at least.
@@ -77,17 +69,23 @@ class Plan:
         self.dtype = q_BTKD.dtype
         self.scale = options.scale
         self.inputs = q_BTKD, v_BTNE, g
-        chunk = options.chunk or CHUNKS.get(generation(), CHUNKS[None])[self.channel]
-        self.C, self.n, self.count, self.per = decay_sums.chunks_for(self.T, chunk, options.span)
         self.last_first = last_first
-        self.run = self.per if last_first else 1
-        self.steps = math.ceil(self.n / self.run)
         self.G = self.N // self.K
         self.D = D if self.K == 1 and not self.channel else _whole_lanes(D)
+        self._cut(options.chunk or CHUNKS.get(generation(), CHUNKS[None])[self.channel], options.span)
+        while options.chunk is None and self.C > FEWEST and self.vmem(1, E) > vmem_limit():
+            self._cut(self.C // 2, options.span)
+        self.run = self.per if last_first else 1
+        self.steps = math.ceil(self.n / self.run)
         self.heads = self._heads(options.heads, E)
         whole = self.heads == self.N or self.heads * E % LANES == 0
         self.E = E if whole else _whole_lanes(E)
         self.J = self.G // self.heads
+
+    def _cut(self, chunk, span):
+        """Chunks of both passes; a grid step is taken to be backward's, the larger."""
+        self.C, self.n, self.count, self.per = decay_sums.chunks_for(self.T, chunk, span)
+        self.run = self.per
 
     def _heads(self, asked, E):
         if asked:
@@ -101,7 +99,7 @@ class Plan:
         rows, small = self.run * self.C, 0 if self.channel else 1
         E, D = -(-heads * E // LANES) * LANES, _whole_lanes(self.D)  # E: of all heads
         blocks = self.dtype.itemsize * rows * (4 * D + 3 * E) + 3 * 4 * E * D
-        blocks += 2 * 4 * rows * (8 if small else heads * D)
+        blocks += 4 * rows * (24 if small else 2 * heads * D)
         scratch = 4 * (self.G // heads + self.run) * E * D + 8 * rows * (D + small * self.C)
         values = STACK[1] * D if self.channel else STACK[0] * max(self.C, LANES)
         return 2 * blocks + scratch + 4 * self.C * values
@@ -131,16 +129,19 @@ class Plan:
         return x[..., :E, :D].swapaxes(-1, -2)
 
     def decay(self, g):
-        """log_decay a channel as other tokens; a head as rows of one chunk each, [B, K, n, J, heads, C]."""
+        """log_decay a channel as other tokens; a head as its sums within chunks, exact ones and rests,
+        [B, K, n, J, 2 heads, C]."""
         if self.channel:
             return self.tokens(g, self.D)
         g = jnp.pad(g, [(0, 0), (0, self.n * self.C - self.T), (0, 0)])
         g = g.reshape(self.B, self.n, self.C, self.K, self.J, self.heads)
-        return g.transpose(0, 3, 1, 4, 5, 2)
+        return jnp.concatenate(decay_sums.exact_cumsum(g.transpose(0, 3, 1, 4, 5, 2)), axis=-2)
 
     def decay_back(self, dg, like):
         if self.channel:
             return self.tokens_back(dg, like)
+        # a token takes part in every sum from it on
+        dg = lax.cumsum(dg, axis=dg.ndim - 1, reverse=True)
         dg = dg.transpose(0, 2, 5, 1, 3, 4).reshape(self.B, self.n * self.C, self.N)
         return dg[:, : self.T]
 
@@ -156,10 +157,10 @@ class Plan:
         block = (None, self.run * self.C, self.heads * size)
         return pl.BlockSpec(block, lambda b, k, c, j: (b, self._at(c), k * self.J + j))
 
-    def decay_spec(self):
+    def decay_spec(self, of_gradient=False):
         if self.channel:
             return self.value_spec(self.D)
-        block = (None, None, self.run, None, self.heads, self.C)
+        block = (None, None, self.run, None, self.heads * (2 - of_gradient), self.C)
         return pl.BlockSpec(block, lambda b, k, c, j: (b, k, self._at(c), j, 0, 0))
 
     def kept_spec(self):
@@ -189,7 +190,7 @@ class Plan:
     def value_shape(self):
         return self._shape((self.B, self.n * self.C, self.N * self.E), self.dtype)
 
-    def decay_shape(self):
+    def decay_gradient_shape(self):
         if self.channel:
             return self._shape((self.B, self.n * self.C, self.N * self.D), jnp.float32)
         return self._shape((self.B, self.K, self.n, self.J, self.heads, self.C), jnp.float32)

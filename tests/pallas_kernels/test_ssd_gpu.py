@@ -1,7 +1,6 @@
 """The Hopper kernel of ``ssd``: interpreted with races against float64, or on a GPU at hand; and compiled."""
 
 import os
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from gpu_aot import figures, needs_plugin
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from ssd_oracles import agree, exact, make, segments, with_gradients
 
-from pallas_kernels import dispatch, ssd
+from pallas_kernels import dispatch, sharding, ssd
 from pallas_kernels.gpu import hopper
 from pallas_kernels.gpu import ssd as gpu
 
@@ -31,8 +30,7 @@ def interpreted(monkeypatch):
     if ON_GPU:
         yield
         return
-    module = sys.modules["pallas_kernels.ssd"]
-    monkeypatch.setattr(module, "_per_shard", lambda function, rule, arrays: function)
+    monkeypatch.setattr(sharding, "per_shard", lambda function, rule, **_: function)
     with dispatch.interpret(plgpu.InterpretGPUParams(detect_races=True)):
         yield
 
@@ -131,6 +129,7 @@ def test_refuses_in_words_that_name_the_argument():
         ("v has head size 256; it must be one of 64, 128", shapes(E=256), {}),
         ("chunk is 128; this kernel has chunks of 64", shapes(), {"chunk": 128}),
         ("block_sizes has heads 2", shapes(), {"block_sizes": {"heads": 2}}),
+        ("block_sizes has span 32", shapes(), {"block_sizes": {"span": 32}}),
     ):
         with pytest.raises(ValueError, match=message):
             by_name(*arrays, **more)
