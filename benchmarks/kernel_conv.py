@@ -2,20 +2,18 @@
 
     python benchmarks/kernel_conv.py [--quick]
 
-Each round runs both, one after the other, in an order that changes, so that a load on the machine meets them
-alike; the ratio is the median over rounds of the ratio within a round. Float32, four taps, with SiLU.
+The ratio is the median over turns, above 1 ours is faster. Float32, four taps, with SiLU.
 """
 
 import os
-import statistics
 import sys
-import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import turns
 
 from pallas_kernels import causal_conv1d
 
@@ -42,7 +40,7 @@ def gradient(function):
 
 
 def measure(quick: bool) -> dict[str, list[dict]]:
-    """Time of ours, and how many times as long the convolution takes, with the least and the most of it."""
+    """One table."""
     rows = []
     for B, T, C in SIZES[:1] if quick else SIZES:
         rng = np.random.default_rng(0)
@@ -51,34 +49,21 @@ def measure(quick: bool) -> dict[str, list[dict]]:
         for name, wrap, arrays in (
             ("forward", lambda f: f, (x, w, bias)), ("gradient", gradient, (x, w, bias, dy))
         ):  # fmt: skip
-            functions = {f.__name__: jax.jit(wrap(f)) for f in (ours, convolution)}
-            found = [jax.tree.map(np.asarray, f(*arrays)) for f in functions.values()]
+            programs = {f.__name__: turns.compiled(wrap(f), *arrays) for f in (ours, convolution)}
+            found = [jax.tree.map(np.asarray, f(*arrays)) for f in programs.values()]
             for a, b in zip(*(jax.tree.leaves(x) for x in found), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).max())
-            seconds = {n: [] for n in functions}
-            for i in range(3 if quick else 5):
-                for n in sorted(functions, reverse=i % 2 == 1):
-                    start = time.perf_counter()
-                    jax.block_until_ready(functions[n](*arrays))
-                    seconds[n].append(time.perf_counter() - start)
-            ratios = [b / a for a, b in zip(seconds["ours"], seconds["convolution"], strict=True)]
+            seconds = turns.by_turns(programs, *arrays, turns=3 if quick else 5)
             rows.append(
                 {
                     "rows": B, "tokens": T, "channels": C, "pass": name,
-                    "ours_ms": round(1e3 * statistics.median(seconds["ours"]), 2),
-                    "convolution": round(statistics.median(ratios), 2),
-                    "least": round(min(ratios), 2), "most": round(max(ratios), 2),
-                    "load": round(os.getloadavg()[0], 1),
+                    "ms": turns.median_ms(seconds["ours"]),
+                    "convolution / ours": turns.ratio(seconds["convolution"], seconds["ours"]),
+                    "load": turns.load(),
                 }
             )  # fmt: skip
-    title = (
-        "causal_conv1d, cpu: xla, and times as long lax.conv_general_dilated takes (float32, 4 taps, SiLU)"
-    )
-    return {title: rows}
+    return {"causal_conv1d against lax.conv_general_dilated, a group a channel": rows}
 
 
 if __name__ == "__main__":
-    for title, rows in measure("--quick" in sys.argv).items():
-        print(title)
-        for row in rows:
-            print(row, flush=True)
+    turns.show(measure("--quick" in sys.argv))

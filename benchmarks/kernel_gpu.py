@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import turns
 
+from pallas_kernels import linear_scan
 from pallas_kernels.gpu import attention, cudnn, ssd
 from pallas_kernels.gpu.resources import kernel_resources
 
@@ -97,7 +98,13 @@ def compiled(quick: bool) -> list[dict]:
         cost = ssd.cost(B=B, T=4096, K=1, N=HEADS, D=D, E=E)
         head = {"batch": B, "key_dim": D, "value_dim": E, "gflops": cost.flops / 1e9}
         rows += _resources(run, arrays, head | {"bytes_over_floor": cost.bytes / cost.floor_bytes})
-    return rows
+    x, h = jax.ShapeDtypeStruct((8, 4096, 2048), jnp.float32), jax.ShapeDtypeStruct((8, 2048), jnp.float32)
+
+    def gradients(a, b, h0, dh, dh_last):
+        pull = jax.vjp(functools.partial(linear_scan, implementation="pallas_gpu"), a, b, h0)[1]
+        return pull((dh, dh_last))
+
+    return rows + _resources(gradients, (x, x, h, x, h), {"B": 8, "T": 4096, "F": 2048, "dtype": "float32"})
 
 
 def _resources(function, arrays, head) -> list[dict]:
@@ -139,7 +146,7 @@ def timed(quick: bool) -> list[dict]:
     """A row per length, head size, pass and implementation, on the GPU that is here."""
     devices = [d for d in jax.devices() if d.platform == "gpu"]
     if not devices:
-        return [{"section": "timed", "skipped": "JAX finds no GPU here"}]
+        return [{"section": "timed", "kernel": "attention", "skipped": "JAX finds no GPU here"}]
     rows = []
     lengths = (4096,) if quick else (1024, 2048, 4096, 8192, 16384, 32768)
     for H in (128,) if quick else attention.HEAD_SIZES:
@@ -152,7 +159,7 @@ def timed(quick: bool) -> list[dict]:
     return rows
 
 
-def timed_scan(quick: bool) -> list[dict]:
+def timed_ssd(quick: bool) -> list[dict]:
     """``ssd`` and causal attention of as many heads of 128, forward: 32k tokens in all."""
     devices = [d for d in jax.devices() if d.platform == "gpu"]
     if not devices:
@@ -174,7 +181,7 @@ def timed_scan(quick: bool) -> list[dict]:
             jax.block_until_ready(run())
         seconds = turns.by_turns(runs, turns=ROUNDS, launches=LAUNCHES)
         medians = {name: statistics.median(times) for name, times in seconds.items()}
-        head = {"section": "timed", "device": devices[0].device_kind, "jax": jax.__version__}
+        head = {"section": "timed", "kernel": "ssd", "device": devices[0].device_kind, "jax": jax.__version__}
         for name, median in medians.items():
             row = {"implementation": name, "T": T, "key_dim": D, "milliseconds": median * 1e3}
             over = medians["attention, pallas_gpu"] / median
@@ -182,9 +189,33 @@ def timed_scan(quick: bool) -> list[dict]:
     return rows
 
 
+def timed_linear_scan(quick: bool) -> list[dict]:
+    """``linear_scan`` forward, float32: bytes a second (a and b read, h written) over those of a copy."""
+    devices = [d for d in jax.devices() if d.platform == "gpu"]
+    if not devices:
+        return [{"section": "timed", "kernel": "linear_scan", "skipped": "JAX finds no GPU here"}]
+    rows = []
+    for T in (4096,) if quick else [2**n for n in range(10, 17)]:
+        B, F = 2**17 // T, 2048
+        a, b = (jax.random.uniform(key, (B, T, F)) for key in jax.random.split(jax.random.key(0)))
+        sides = {
+            "linear_scan": functools.partial(linear_scan, implementation="pallas_gpu"),
+            "copy": lambda a, b: a + 1,
+        }
+        runs = {name: functools.partial(jax.jit(f), a, b) for name, f in sides.items()}
+        seconds = turns.by_turns(runs, turns=ROUNDS, launches=LAUNCHES)
+        scan, copy = (statistics.median(seconds[name]) for name in sides)
+        rate, copied = 3 * a.nbytes / scan, 2 * a.nbytes / copy
+        row = {"section": "timed", "kernel": "linear_scan", "device": devices[0].device_kind}
+        row |= {"jax": jax.__version__, "B": B, "T": T, "F": F, "milliseconds": scan * 1e3}
+        rows.append(row | {"gigabytes_per_second": rate / 1e9, "over_copy": rate / copied})
+    return rows
+
+
 def _race(name, q, k, v, dout, device):
     B, T, N, H = q.shape
-    head = {"section": "timed", "device": device, "jax": jax.__version__, "pass": name, "T": T, "head_dim": H}
+    head = {"section": "timed", "kernel": "attention", "device": device, "jax": jax.__version__}
+    head |= {"pass": name, "T": T, "head_dim": H}
     runs, rows = {}, []
     for rival, function in rivals(H).items():
 
@@ -213,8 +244,9 @@ def _race(name, q, k, v, dout, device):
 def measure(quick: bool = False) -> dict[str, list[dict]]:
     """Rows by their form; a part that this machine cannot fill has one row that says why."""
     tables = {}
-    for row in compiled(quick) + timed(quick) + timed_scan(quick):
-        tables.setdefault(f"kernels on Hopper: {', '.join(row)}", []).append(row)
+    for row in compiled(quick) + timed(quick) + timed_ssd(quick) + timed_linear_scan(quick):
+        what = "not here" if "skipped" in row else row["kernel"]
+        tables.setdefault(f"{row.pop('section')}: {what}", []).append(row)
     return tables
 
 

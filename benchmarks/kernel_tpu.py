@@ -30,6 +30,7 @@ import pallas_kernels as pk
 from pallas_kernels import aot, dispatch
 from pallas_kernels.tpu import (
     attention_blocks,
+    causal_conv1d_blocks,
     gated_delta_rule_blocks,
     linear_cross_entropy,
     linear_cross_entropy_blocks,
@@ -64,6 +65,7 @@ def cases(quick: bool) -> dict:
         return pk.block_sparse_attention(*x, (even[:, None] == even)[None], block_size=512)
 
     attention = functools.partial(from_table, attention_blocks)
+    convolution = functools.partial(from_table, causal_conv1d_blocks)
     scans = functools.partial(from_table, linear_scan_blocks)
     delta = functools.partial(from_table, gated_delta_rule_blocks)
     xent = functools.partial(of_cross_entropy, M, D, V)
@@ -79,7 +81,7 @@ def cases(quick: bool) -> dict:
         "mlstm": ("ssd", pk.mlstm, (h, h, h, decay, decay), 5, of_mlstm),
         "gated_delta_rule": ("gated_delta_rule", pk.gated_delta_rule, (q, q, q, beta, beta), 5, delta),
         "linear_cross_entropy": ("linear_cross_entropy", pk.linear_cross_entropy, head, 2, xent),
-        "causal_conv1d": ("causal_conv1d", pk.causal_conv1d, conv, 2, lambda *_: ("", "")),
+        "causal_conv1d": ("causal_conv1d", pk.causal_conv1d, conv, 2, convolution),
     }
 
 

@@ -37,11 +37,12 @@ def sections() -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows of one form as Markdown."""
-    head = list(rows[0])
+    """Rows as Markdown; a cell is empty where a row lacks the column."""
+    head = list(dict.fromkeys(name for row in rows for name in row))
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
-        lines.append("| " + " | ".join("" if row[name] is None else str(row[name]) for name in head) + " |")
+        cells = ("" if row.get(name) is None else str(row[name]) for name in head)
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

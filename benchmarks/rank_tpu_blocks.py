@@ -193,6 +193,27 @@ def _attention(which, block_q, block_kv):
     return Case(f, shapes, B * N * T * T / 1024)
 
 
+def _causal_conv1d(which, tokens, channels):
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.tpu import causal_conv1d as tpu
+
+    B, T, C, W = 4, 4096, 2048, 4
+    x, state = (jax.ShapeDtypeStruct((B, t, C), jnp.bfloat16) for t in (T, W - 1))
+    w, bias = jax.ShapeDtypeStruct((W, C), jnp.bfloat16), jax.ShapeDtypeStruct((C,), jnp.bfloat16)
+    options = {"activation": "silu", "block_sizes": (tokens, channels)}
+
+    def forward(x, w, bias, state):
+        return tpu.forward(x, w, bias, state, None, **options)
+
+    def backward(x, w, bias, state, dy):
+        return tpu.backward(x, w, bias, state, None, dy, **options)
+
+    f, shapes = (forward, ()) if which == "forward" else (backward, (x,))
+    return Case(f, (x, w, bias, state, *shapes), B * T * C / 1024, (tokens // 16,))
+
+
 SSD_SPANS = {"mamba": 1024, "head": 512, "channel": 512}
 
 
@@ -251,6 +272,12 @@ KERNELS = {
         ("forward", "backward_q", "backward_kv"),
         "1,024 pairs",
         ((512, 512), (512, 1024), (1024, 1024)),
+    ),
+    "causal_conv1d": (
+        _causal_conv1d,
+        ("forward", "backward"),
+        "1,024 elements",
+        ((256, 512), (512, 256), (512, 512), (1024, 256), (1024, 512), (512, 1024)),
     ),
     "ssd": (
         _ssd,

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch, sharding
 from pallas_kernels.cost import causal_conv1d as cost
-from pallas_kernels.tpu.causal_conv1d_blocks import BLOCKS
+from pallas_kernels.tpu.causal_conv1d_blocks import BLOCK_SIZES
 
 LANES = 128
 ROWS = cost.EDGE  # tokens at a time: a tile of bfloat16 memory, and the most that a tap may be off
@@ -236,7 +236,7 @@ class _Plan:
         self.descending = descending
         if block_sizes is None:
             here = dispatch.current_target()
-            block_sizes = BLOCKS[name][here.generation if here and here.generation else "any"]
+            block_sizes = BLOCK_SIZES[here.generation if here and here.generation else "default"][name]
         tokens, channels = block_sizes
         self.block_tokens = min(tokens, pl.cdiv(self.T, ROWS) * ROWS)
         self.parts = self.block_tokens // ROWS

@@ -21,7 +21,7 @@ from test_linear_scan_tpu import traffic
 from pallas_kernels import aot, causal_conv1d, dispatch
 from pallas_kernels.cost import causal_conv1d as cost
 from pallas_kernels.tpu import causal_conv1d as tpu
-from pallas_kernels.tpu.causal_conv1d_blocks import BLOCKS
+from pallas_kernels.tpu.causal_conv1d_blocks import BLOCK_SIZES
 
 conv = importlib.import_module("pallas_kernels.causal_conv1d")  # the name is the function's
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # see test_causal_conv1d.py
@@ -191,7 +191,7 @@ def test_compiled_for_tpu_moves_every_array_once(generation, dtype):
     B, T, C, W = 8, 4096, 4096, 4  # more than VMEM holds
     shapes, itemsize = shapes_of(B, T, C, W, dtype), jnp.dtype(dtype).itemsize
     size = B * T * C * itemsize
-    tokens, channels = BLOCKS["backward"][generation]
+    tokens, channels = BLOCK_SIZES[generation]["backward"]
     counts = (
         cost.forward(B, T, C, W, itemsize, segments=True, channel_blocks=C // channels),
         cost.backward(
