@@ -1,4 +1,4 @@
-"""Attention and ssd on Hopper GPUs: what the kernels take of an H100, compiled without one; on a GPU, times.
+"""Kernels for Hopper GPUs: what they take of an H100, compiled without one; on a GPU, times.
 
 Compiled: registers of a thread, bytes spilled, shared memory of a block, by ptxas (needs JAX's CUDA plugin).
 The kernels use ``wgmma``, which only Hopper has, so there are no rows for A100 or B200.
@@ -8,7 +8,7 @@ Timed, where JAX finds a GPU: this kernel, cuDNN by ``jax.nn`` and tokamax if in
 the figure is the median over rounds. FLOP/s count 2 a multiply-add over the pairs that the causal mask keeps:
 2 products forward, 7 with the gradients (the scores come twice, as published figures count: 3.5 x forward).
 The forward pass of ``ssd`` (16 value heads of 128, one query-key head) runs by turns with that of attention
-of 16 heads of 128, at 2k and 16k tokens.
+of 16 heads of 128, at 2k and 16k tokens; ``linear_scan`` with a copy.
 
     python benchmarks/kernel_gpu.py [--quick] [--json FILE]
 """

@@ -20,6 +20,7 @@ from pathlib import Path
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling only: no device to guard
 
 import jax
+import turns
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "kernels.json"
@@ -46,12 +47,24 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+ABOUT = """# Kernels
+
+`python benchmarks/kernels.py --write`
+
+A section says on which device it ran. Tables of what was compiled ahead of time need none: they are what
+the compilers for TPU (libtpu) and for H100 (ptxas) say of registers, spills, temporary memory and static
+schedules, and the bytes that the kernels move by their own account. Where no section names a TPU or a GPU as
+the device that it ran on, no kernel was timed there. Ratios are medians over turns of both sides in one
+process; `load` is how many processes ran or waited on the machine."""
+
+
 def render(results: dict) -> str:
-    parts = ["# Kernels", "`python benchmarks/kernels.py --write`"]
-    for key, one in sorted(results.items()):
-        parts.append(
-            f"## {key}\n\njax {one['jax']}, {one['cores']} cores, load at the start {one['load']:.1f}."
+    parts = [ABOUT]
+    for name, one in sorted(results.items()):
+        where = (
+            f"{one['device']}, {one['cores']} cores, jax {one['jax']}, load at the start {one['load']:.1f}."
         )
+        parts += [f"## {name}", f"{one['about']} {where}"]
         parts += [f"{title}:\n\n{table(rows)}" for title, rows in one["tables"].items()]
     return "\n\n".join(parts) + "\n"
 
@@ -66,17 +79,20 @@ def main() -> None:
     unknown = set(args.only or ()) - set(known)
     if unknown:
         raise SystemExit(f"--only {', '.join(sorted(unknown))}: the sections are {', '.join(known)}")
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in args.only or known:
-        device = jax.devices()[0].device_kind
         load = os.getloadavg()[0]
         tables = {title: rows for title, rows in known[name].measure(args.quick).items() if rows}
         if not tables:  # what another machine or environment measured stays
             continue
-        key = f"{name} on {device}"
-        results[key] = {"jax": jax.__version__, "cores": os.cpu_count(), "load": load, "tables": tables}
-        print(render({key: results[key]}), flush=True)
+        platform = jax.default_backend()
+        key = name if platform == "cpu" else f"{name} on {platform}"
+        about = " ".join(known[name].__doc__.split("\n\n")[0].split())
+        found = {"about": about, "device": turns.device(), "jax": jax.__version__, "cores": os.cpu_count()}
+        found |= {"load": load, "tables": tables}
+        print(render({key: found}), flush=True)
         if args.write:
+            results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+            results[key] = found
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
             RESULTS.with_suffix(".md").write_text(render(results))
 

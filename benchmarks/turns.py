@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -46,6 +47,16 @@ def ratio(theirs: list[float], ours: list[float]) -> float:
 
 def temporary_mb(program) -> float:
     return round(program.memory_analysis().temp_size_in_bytes / 1e6, 1)
+
+
+def device() -> str:
+    """The name of the device at hand; of a CPU, its model."""
+    kind = jax.devices()[0].device_kind
+    info = pathlib.Path("/proc/cpuinfo")
+    if jax.default_backend() != "cpu" or not info.exists():
+        return kind
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+    return names[0] if names else kind
 
 
 def load() -> float:
