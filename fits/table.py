@@ -186,7 +186,13 @@ def _as_columns(table: Any) -> dict[str, np.ndarray]:
 
 
 def _check_columns(source, columns, needs):
+    known = [*CORE, *MORE.values()]
     for ours, theirs in columns.items():
+        if ours not in known:
+            raise FitError(
+                f"columns maps {ours!r} to {theirs!r}, but nothing reads {ours!r}; "
+                f"the name on the left is one of {', '.join(known)}"
+            )
         if theirs not in source:
             near = difflib.get_close_matches(theirs, list(source), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ";"

@@ -93,6 +93,11 @@ def test_other_names_and_units():
             {"columns": {"loss": "final_los"}},
             "columns maps loss to 'final_los', which the table lacks",
         ),
+        (
+            frame(),
+            {"columns": {"final": "loss"}},
+            "nothing reads 'final'; the name on the left is one of params",
+        ),
         (frame(loss=np.nan), {}, "none of the table's 42 rows can be used; 42 because loss is nan"),
         (frame(flops=1.0), {}, "flops has a median of 1,"),
         (frame(), {"token_unit": -1.0}, "the unit of tokens is -1.0; it must be a positive number"),
