@@ -96,7 +96,7 @@ def test_other_names_and_units():
         (
             frame(),
             {"columns": {"final": "loss"}},
-            "nothing reads 'final'; the name on the left is one of params",
+            "nothing reads 'final'; the name on the left is one of",
         ),
         (frame(loss=np.nan), {}, "none of the table's 42 rows can be used; 42 because loss is nan"),
         (frame(flops=1.0), {}, "flops has a median of 1,"),
