@@ -170,5 +170,5 @@ def test_compiles_for_tpu_within_its_memory():
     shapes += [jax.ShapeDtypeStruct((1, 2048, 8), jnp.float32)] * 2
     grad = jax.grad(lambda *a: jnp.sum(mlstm(*a)[0].astype(jnp.float32)), argnums=range(5))
     compiled = aot.compile_tpu(grad, *shapes, generation="v5e")
-    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2  # forward and backward
     assert compiled.memory_analysis().temp_size_in_bytes <= 128 * 2**20
