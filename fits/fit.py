@@ -140,7 +140,7 @@ class Fit:
         lines.append(f"  {'':7}{'estimate':>12}  {'sd':>9}  {'80 %':>22}  {'95 %':>22}")
         for name, got in self.intervals.items():
             ends = ["" if got[k] is None else f"{got[k][0]:.5g} to {got[k][1]:.5g}" for k in ("80", "95")]
-            sd = _deviation(name, got, self.fixed)
+            sd = deviation(name, got, self.fixed)
             lines.append(f"  {name:7}{got['estimate']:>12.6g}  {sd:>9}  {ends[0]:>22}  {ends[1]:>22}")
         m, d = self.method, self.diagnostics
         lines.append(
@@ -181,13 +181,13 @@ class Fit:
         table = RichTable("", "estimate", "sd", "80 %", "95 %")
         for name, got in self.intervals.items():
             ends = ["" if got[k] is None else f"{got[k][0]:.5g} to {got[k][1]:.5g}" for k in ("80", "95")]
-            sd = _deviation(name, got, self.fixed)
+            sd = deviation(name, got, self.fixed)
             table.add_row(name, f"{got['estimate']:.6g}", sd, *ends)
         tail = rest[0].splitlines()[1 + len(self.intervals) :]
         return Group(head.rstrip(), table, "\n".join(tail))
 
 
-def _deviation(name: str, got: Mapping, fixed: Mapping) -> str:
+def deviation(name: str, got: Mapping, fixed: Mapping) -> str:
     """A standard deviation for print; one above the estimate itself is a tail's, and says only that."""
     if name in fixed:
         return "fixed"

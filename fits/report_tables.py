@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fits.constraints import limit_words
+from fits.fit import deviation
 from fits.plots.style import scientific, short
 from fits.rowweights import describe_loss
 
@@ -126,7 +127,9 @@ def law_table(fit: Any) -> dict[str, Any]:
     """Parameters and exponents with intervals."""
     rows = []
     for name, got in fit.intervals.items():
-        sd = "fixed" if name in fit.fixed else number(got["sd"], "g3")
+        sd = deviation(name, got, fit.fixed)  # words where it is fixed, or a tail's
+        if got["sd"] is not None and sd[:1].isdigit():
+            sd = number(got["sd"], "g3")
         rows.append([name, number(got["estimate"], "g6"), sd, span(got["80"]), span(got["95"])])
     value = "last value" if fit.status in NO_ESTIMATE else "estimate"
     return {"head": ["", value, "standard deviation", "80 % interval", "95 % interval"], "rows": rows}

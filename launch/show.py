@@ -29,6 +29,11 @@ def si(x: float | None) -> str:
     return f"{x:.3g}"
 
 
+def gigabytes(x: float) -> str:
+    """Bytes with an SI suffix: 4.5MB, 17.2GB."""
+    return si(x).replace("B", "G") + "B"
+
+
 def duration(seconds: float | None) -> str:
     """Seconds as 12 s, 3.4 min or 5.6 h."""
     if seconds is None:
@@ -244,11 +249,11 @@ def preflight(console: Console, rows: list[dict], target: str) -> None:
     for r in rows:
         memory, temporary = "-", "-"
         if r["bytes"]:
-            memory, temporary = si(r["total_bytes"]) + "B", si(r["bytes"]["temporary"]) + "B"
+            memory, temporary = gigabytes(r["total_bytes"]), gigabytes(r["bytes"]["temporary"])
         fits = "[green]yes[/]" if r["fits"] else f"[red]no[/] {escape(r['error'] or '')}"
         table.add_row(
             str(len(r["cells"])), si(r["params"]), f"{r['layers']}x{r['d_model']}", str(r["batch"]),
-            str(r["seq"]), memory, si(r["device_bytes"]) + "B", temporary, ", ".join(r["kernels"]) or "none",
+            str(r["seq"]), memory, gigabytes(r["device_bytes"]), temporary, ", ".join(r["kernels"]) or "none",
             duration(r["floor_seconds"]), duration(r["compile_seconds"]), fits,
         )  # fmt: skip
     console.print(table)
