@@ -99,6 +99,17 @@ def current_target() -> Target | None:
     return _target.value
 
 
+def tpu_generation() -> str | None:
+    """The generation of TPU that is compiled for, where a target says so."""
+    here = _target.value
+    return here.generation if here is not None and here.platform == "tpu" else None
+
+
+def for_generation(table: Mapping):
+    """The entry of ``table``, TPU generation -> anything, for ``tpu_generation``, or that of "default"."""
+    return table.get(tpu_generation(), table["default"])
+
+
 def interpret_mode():
     """What ``pl.pallas_call(interpret=...)`` is to be given: False outside ``interpret(...)``."""
     return _interpret.value

@@ -26,9 +26,7 @@ def block_sizes(kind, T, S, options):
     """(of queries, of keys) for the kernel ``forward``, ``backward_q`` or ``backward_kv``."""
     if options.block_sizes is not None:
         return options.block_sizes
-    target = dispatch.current_target()
-    generation = target.generation if target and target.generation else "default"
-    largest = BLOCK_SIZES.get(generation, BLOCK_SIZES["default"])[kind]
+    largest = dispatch.for_generation(BLOCK_SIZES)[kind]
     return tuple(_even(n, block) for n, block in zip((T, S), largest, strict=True))
 
 

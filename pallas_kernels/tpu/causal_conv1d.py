@@ -235,8 +235,7 @@ class _Plan:
         (self.B, self.T, self.C), self.W = x_BTC.shape, w_WC.shape[0]
         self.descending = descending
         if block_sizes is None:
-            here = dispatch.current_target()
-            block_sizes = BLOCK_SIZES[here.generation if here and here.generation else "default"][name]
+            block_sizes = dispatch.for_generation(BLOCK_SIZES)[name]
         tokens, channels = block_sizes
         self.block_tokens = min(tokens, pl.cdiv(self.T, ROWS) * ROWS)
         self.parts = self.block_tokens // ROWS

@@ -93,9 +93,7 @@ def backward(q, k, v, beta, log_decay, reset, starts, do, dstate, *, scale, chun
 
 def heads_of_step(which, N) -> int:
     """Heads that one step of the grid takes: this generation's number, or half of it as often as need be."""
-    here = dispatch.current_target()
-    generation = here.generation if here and here.generation else "default"
-    return math.gcd(N, BLOCK_SIZES.get(generation, BLOCK_SIZES["default"])[which][1])
+    return math.gcd(N, dispatch.for_generation(BLOCK_SIZES)[which][1])
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, numbers_ref, S0_ref, o_ref, state_ref, *rest, scale, heads):
@@ -193,11 +191,10 @@ def _numbers(C, *xs):
 
 
 def _how(work):
-    here = dispatch.current_target()
     return {
         "compiler_params": pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM.get(here.generation if here else None, MORE_VMEM),
+            vmem_limit_bytes=VMEM.get(dispatch.tpu_generation(), MORE_VMEM),
         ),
         "cost_estimate": pl.CostEstimate(
             flops=work["flops"], transcendentals=work["transcendentals"], bytes_accessed=work["bytes"]

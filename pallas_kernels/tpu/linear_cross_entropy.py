@@ -21,7 +21,14 @@ from pallas_kernels.tpu.linear_cross_entropy_blocks import BLOCK_SIZES
 LANES = 128
 LOWEST = -2.0e38  # stands for minus infinity: finite, so that differences are no NaN
 # Bytes of VMEM asked for, by generation (a core of v4 has 16 MiB, of v5p and tpu7x 64, of the others 128).
-VMEM = {"v4": 15 << 20, "v5e": 64 << 20, "v5p": 48 << 20, "v6e": 64 << 20, "tpu7x": 48 << 20, None: 15 << 20}
+VMEM = {
+    "v4": 15 << 20,
+    "v5e": 64 << 20,
+    "v5p": 48 << 20,
+    "v6e": 64 << 20,
+    "tpu7x": 48 << 20,
+    "default": 15 << 20,
+}
 
 
 def refuses(x, w, labels, *, block_sizes) -> str | None:
@@ -228,11 +235,10 @@ def _columns(w_DV, dtype):
 
 
 def _how(work):
-    here = dispatch.current_target()
     return {
         "compiler_params": pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM[here.generation if here else None],
+            vmem_limit_bytes=dispatch.for_generation(VMEM),
         ),
         "cost_estimate": pl.CostEstimate(
             flops=work["flops"], transcendentals=work["transcendentals"], bytes_accessed=work["bytes"]
@@ -243,10 +249,8 @@ def _how(work):
 
 def blocks(kernel, M, D, V, dtype, w_dtype, tokens=None, vocab=None) -> tuple[int, int]:
     """(tokens, vocab) of a kernel's block: the caller's, or the largest that fit this generation's VMEM."""
-    here = dispatch.current_target()
-    generation = here.generation if here else None
-    room = VMEM[generation]
-    bm, bv = BLOCK_SIZES.get(generation, BLOCK_SIZES["default"])[kernel]
+    room = dispatch.for_generation(VMEM)
+    bm, bv = dispatch.for_generation(BLOCK_SIZES)[kernel]
     bm, bv = (min(b, math.ceil(n / LANES) * LANES) for b, n in ((tokens or bm, M), (vocab or bv, V)))
     while vmem_bytes(kernel, bm, bv, D, dtype.itemsize, w_dtype.itemsize) > room:
         may = [(n, k) for n, k, fixed in ((bm, 0, tokens), (bv, 1, vocab)) if not fixed and n > LANES]

@@ -209,9 +209,7 @@ class _Plan:
         self.descending = descending
         self.n_tiles, self.n_groups = -(-self.F // LANES), -(-self.T // SUBLANES)
         if block_sizes is None:
-            here = dispatch.current_target()
-            generation = here.generation if here and here.generation else "default"
-            tokens, features = BLOCK_SIZES.get(generation, BLOCK_SIZES["default"])[name]
+            tokens, features = dispatch.for_generation(BLOCK_SIZES)[name]
             tokens //= self.planes
         else:
             tokens, features = block_sizes

@@ -35,4 +35,4 @@ BUNDLES = {
 
 # Within 3 % of the fewest cycles of forward and backward together, for (a decay a head, a decay a channel);
 # halved where VMEM does not hold it.
-CHUNKS = dict.fromkeys((None, "v4", "v5e", "v5p", "v6e", "tpu7x"), (256, 128))
+CHUNKS = dict.fromkeys(("default", "v4", "v5e", "v5p", "v6e", "tpu7x"), (256, 128))

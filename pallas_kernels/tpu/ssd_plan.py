@@ -32,13 +32,8 @@ KEPT_PART = 1 / 8
 MOST_OF_SPAN = 1 << 18, 1 << 19
 
 
-def generation() -> str | None:
-    target = dispatch.current_target()
-    return target.generation if target and target.platform == "tpu" else None
-
-
 def vmem_limit() -> int:
-    return VMEM.get(generation(), MORE_VMEM)
+    return VMEM.get(dispatch.tpu_generation(), MORE_VMEM)
 
 
 def default_span(*, K, N, D, E, channel, itemsize) -> int:
@@ -72,7 +67,7 @@ class Plan:
         self.last_first = last_first
         self.G = self.N // self.K
         self.D = D if self.K == 1 and not self.channel else _whole_lanes(D)
-        self._cut(options.chunk or CHUNKS.get(generation(), CHUNKS[None])[self.channel], options.span)
+        self._cut(options.chunk or dispatch.for_generation(CHUNKS)[self.channel], options.span)
         while options.chunk is None and self.C > FEWEST and self.vmem(1, E) > vmem_limit():
             self._cut(self.C // 2, options.span)
         self.run = self.per if last_first else 1
