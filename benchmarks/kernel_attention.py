@@ -10,8 +10,6 @@ matrix, bfloat16; on a CPU one head in float32: causal to 32,768 tokens, other p
 
 from __future__ import annotations
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 import turns
@@ -81,11 +79,5 @@ def _compare(pattern, T, H, backward, on_cpu, quick) -> dict:
     }  # fmt: skip
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    turns.show(measure(parser.parse_args().quick))
-
-
 if __name__ == "__main__":
-    main()
+    turns.main(measure, __doc__)

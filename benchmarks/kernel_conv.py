@@ -6,7 +6,6 @@ The ratio is the median over turns, above 1 ours is faster. Float32, four taps, 
 """
 
 import os
-import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -66,4 +65,4 @@ def measure(quick: bool) -> dict[str, list[dict]]:
 
 
 if __name__ == "__main__":
-    turns.show(measure("--quick" in sys.argv))
+    turns.main(measure, __doc__)

@@ -8,7 +8,6 @@ median over turns, above 1 ours is faster. Memory: temporary bytes of the compil
 
 from __future__ import annotations
 
-import argparse
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -71,11 +70,5 @@ def measure(quick: bool) -> dict[str, list[dict]]:
     return {"gated_delta_rule, chunked": rows}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    turns.show(measure(parser.parse_args().quick))
-
-
 if __name__ == "__main__":
-    main()
+    turns.main(measure, __doc__)

@@ -142,11 +142,8 @@ def rivals(H):
     return functions
 
 
-def timed(quick: bool) -> list[dict]:
+def timed(quick: bool, device: str) -> list[dict]:
     """A row per length, head size, pass and implementation, on the GPU that is here."""
-    devices = [d for d in jax.devices() if d.platform == "gpu"]
-    if not devices:
-        return [{"section": "timed", "kernel": "attention", "skipped": "JAX finds no GPU here"}]
     rows = []
     lengths = (4096,) if quick else (1024, 2048, 4096, 8192, 16384, 32768)
     for H in (128,) if quick else attention.HEAD_SIZES:
@@ -155,15 +152,12 @@ def timed(quick: bool) -> list[dict]:
             shape = (TOKENS // T, T, HEADS, H)
             q, k, v, dout = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
             for name in ("forward", "forward and backward"):
-                rows += _race(name, q, k, v, dout, devices[0].device_kind)
+                rows += _race(name, q, k, v, dout, device)
     return rows
 
 
-def timed_ssd(quick: bool) -> list[dict]:
+def timed_ssd(quick: bool, device: str) -> list[dict]:
     """``ssd`` and causal attention of as many heads of 128, forward: 32k tokens in all."""
-    devices = [d for d in jax.devices() if d.platform == "gpu"]
-    if not devices:
-        return [{"section": "timed", "kernel": "ssd", "skipped": "JAX finds no GPU here"}]
     rows = []
     for T, D in itertools.product((2048,) if quick else (2048, 16384), (64, 128)):
         B = TOKENS // T
@@ -177,11 +171,9 @@ def timed_ssd(quick: bool) -> list[dict]:
             "attention, pallas_gpu": (lambda q, k, v: attend(q, k, v, 128), (aq, ak, av)),
         }
         runs = {name: functools.partial(jax.jit(f), *arrays) for name, (f, arrays) in sides.items()}
-        for run in runs.values():
-            jax.block_until_ready(run())
         seconds = turns.by_turns(runs, turns=ROUNDS, launches=LAUNCHES)
         medians = {name: statistics.median(times) for name, times in seconds.items()}
-        head = {"section": "timed", "kernel": "ssd", "device": devices[0].device_kind, "jax": jax.__version__}
+        head = {"section": "timed", "kernel": "ssd", "device": device, "jax": jax.__version__}
         for name, median in medians.items():
             row = {"implementation": name, "T": T, "key_dim": D, "milliseconds": median * 1e3}
             over = medians["attention, pallas_gpu"] / median
@@ -189,11 +181,8 @@ def timed_ssd(quick: bool) -> list[dict]:
     return rows
 
 
-def timed_linear_scan(quick: bool) -> list[dict]:
+def timed_linear_scan(quick: bool, device: str) -> list[dict]:
     """``linear_scan`` forward, float32: bytes a second (a and b read, h written) over those of a copy."""
-    devices = [d for d in jax.devices() if d.platform == "gpu"]
-    if not devices:
-        return [{"section": "timed", "kernel": "linear_scan", "skipped": "JAX finds no GPU here"}]
     rows = []
     for T in (4096,) if quick else [2**n for n in range(10, 17)]:
         B, F = 2**17 // T, 2048
@@ -206,7 +195,7 @@ def timed_linear_scan(quick: bool) -> list[dict]:
         seconds = turns.by_turns(runs, turns=ROUNDS, launches=LAUNCHES)
         scan, copy = (statistics.median(seconds[name]) for name in sides)
         rate, copied = 3 * a.nbytes / scan, 2 * a.nbytes / copy
-        row = {"section": "timed", "kernel": "linear_scan", "device": devices[0].device_kind}
+        row = {"section": "timed", "kernel": "linear_scan", "device": device}
         row |= {"jax": jax.__version__, "B": B, "T": T, "F": F, "milliseconds": scan * 1e3}
         rows.append(row | {"gigabytes_per_second": rate / 1e9, "over_copy": rate / copied})
     return rows
@@ -243,8 +232,13 @@ def _race(name, q, k, v, dout, device):
 
 def measure(quick: bool = False) -> dict[str, list[dict]]:
     """Rows by their form; a part that this machine cannot fill has one row that says why."""
+    rows = compiled(quick)
+    devices = [d.device_kind for d in jax.devices() if d.platform == "gpu"]
+    for kernel, part in (("attention", timed), ("ssd", timed_ssd), ("linear_scan", timed_linear_scan)):
+        missing = [{"section": "timed", "kernel": kernel, "skipped": "JAX finds no GPU here"}]
+        rows += part(quick, devices[0]) if devices else missing
     tables = {}
-    for row in compiled(quick) + timed(quick) + timed_ssd(quick) + timed_linear_scan(quick):
+    for row in rows:
         what = "not here" if "skipped" in row else row["kernel"]
         tables.setdefault(f"{row.pop('section')}: {what}", []).append(row)
     return tables

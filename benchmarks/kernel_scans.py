@@ -8,8 +8,6 @@ above 1 ours is faster. Complex numbers are complex64.
 
 from __future__ import annotations
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 import turns
@@ -77,11 +75,5 @@ def _compare(name, wrap, arrays, quick) -> dict:
     }  # fmt: skip
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    turns.show(measure(parser.parse_args().quick))
-
-
 if __name__ == "__main__":
-    main()
+    turns.main(measure, __doc__)

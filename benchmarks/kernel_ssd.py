@@ -10,7 +10,6 @@ ratio run by turns in one process; other / ours is the median over the turns, so
 
 from __future__ import annotations
 
-import argparse
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -102,11 +101,5 @@ def measure(quick: bool) -> dict[str, list[dict]]:
     return {"ssd, chunked": rows}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    turns.show(measure(parser.parse_args().quick))
-
-
 if __name__ == "__main__":
-    main()
+    turns.main(measure, __doc__)

@@ -12,7 +12,6 @@ the kernels, and missing where the data beside a kernel has none.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib
 import importlib.util
@@ -179,11 +178,5 @@ def _bytes(*shapes):
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="v5e alone, short")
-    turns.show(measure(parser.parse_args().quick))
-
-
 if __name__ == "__main__":
-    main()
+    turns.main(measure, __doc__)

@@ -9,7 +9,6 @@ compiled program.
 
 from __future__ import annotations
 
-import argparse
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -65,11 +64,5 @@ def measure(quick: bool) -> dict[str, list[dict]]:
     return {"linear_cross_entropy, chunked, with its gradients": rows}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    turns.show(measure(parser.parse_args().quick))
-
-
 if __name__ == "__main__":
-    main()
+    turns.main(measure, __doc__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pathlib
 import statistics
@@ -70,3 +71,10 @@ def show(tables: Mapping[str, list[dict]]) -> None:
         print(title)
         for row in rows:
             print("  " + "  ".join(f"{name}={value}" for name, value in row.items() if value is not None))
+
+
+def main(measure: Callable, doc: str) -> None:
+    """A section as a script of its own, with ``--quick``."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    show(measure(parser.parse_args().quick))
