@@ -187,13 +187,13 @@ class Fit:
         return Group(head.rstrip(), table, "\n".join(tail))
 
 
-def deviation(name: str, got: Mapping, fixed: Mapping) -> str:
+def deviation(name: str, got: Mapping, fixed: Mapping, show: Callable = "{:.3g}".format):
     """A standard deviation for print; one above the estimate itself is a tail's, and says only that."""
     if name in fixed:
         return "fixed"
     if got["sd"] is None:
         return ""
-    return f"{got['sd']:.3g}" if got["sd"] <= abs(got["estimate"]) else f"> {abs(got['estimate']):.3g}"
+    return show(got["sd"]) if got["sd"] <= abs(got["estimate"]) else f"> {abs(got['estimate']):.3g}"
 
 
 def excluded_lines(rows: Sequence[Mapping]) -> list[str]:

@@ -127,9 +127,7 @@ def law_table(fit: Any) -> dict[str, Any]:
     """Parameters and exponents with intervals."""
     rows = []
     for name, got in fit.intervals.items():
-        sd = deviation(name, got, fit.fixed)  # words where it is fixed, or a tail's
-        if got["sd"] is not None and sd[:1].isdigit():
-            sd = number(got["sd"], "g3")
+        sd = deviation(name, got, fit.fixed, lambda x: number(x, "g3"))
         rows.append([name, number(got["estimate"], "g6"), sd, span(got["80"]), span(got["95"])])
     value = "last value" if fit.status in NO_ESTIMATE else "estimate"
     return {"head": ["", value, "standard deviation", "80 % interval", "95 % interval"], "rows": rows}
