@@ -31,7 +31,8 @@ from scaling.files import CellFolder
 from scaling.models.lm import build
 from scaling.models.loss import loss_fn
 from scaling.optim import decays
-from scaling.train import LOGGED_POINTS, UNROLLED_LAYERS, Execution, train
+from scaling.program import UNROLLED_LAYERS
+from scaling.train import LOGGED_POINTS, Execution, train
 
 SHAPES = {"d_model 64, 2 layers": (64, 2), "d_model 128, 4 layers": (128, 4)}
 SEQ, BATCH = 128, 8

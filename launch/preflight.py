@@ -7,7 +7,7 @@ time is not: FLOPs by the exact ledger over the chip's peak, a floor that no run
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import json
 import re
 import time
@@ -24,12 +24,10 @@ from scaling import data
 from scaling.config import ConfigError, validate_section
 from scaling.flops import ledger
 from scaling.grid import plan
-from scaling.models.lm import build
 from scaling.optim import hyper_parameters
+from scaling.program import Static, first_state, step_function
 from scaling.records import read_manifest
-from scaling.step import init_state, train_step
 from scaling.study import load_study
-from scaling.train import UNROLLED_LAYERS
 
 # Bytes of memory that one JAX device has: a chip's, but half a chip's on tpu7x, whose chips are two
 # devices. From the vendor's page of each generation.
@@ -52,8 +50,8 @@ def read_cells(study: Path) -> list[dict]:
 
 def shape_of(config: Mapping) -> str:
     """What decides the compiled step: equal strings share a program."""
-    parts = [config["model"], config["optim"]["name"], config["schedule"]["name"]]
-    return json.dumps([*parts, config["train"]["batch"], config["data"]["seq"]], sort_keys=True)
+    static = dataclasses.astuple(Static.of(config))
+    return json.dumps([static, config["train"]["batch"], config["data"]["seq"]])
 
 
 def preflight(
@@ -109,21 +107,14 @@ def _describe(group: Sequence[Mapping], generation: str) -> dict:
 
 
 def _compile(config: Mapping, generation: str, remat: str) -> dict:
-    model, batch, seq = config["model"], config["train"]["batch"], config["data"]["seq"]
-    names = config["optim"]["name"], config["schedule"]["name"]
-    hp = hyper_parameters(config)
-    unroll = model["layers"] <= UNROLLED_LAYERS
-
-    def initial():
-        return init_state(build(model, seed=0)[1], *names, hp)
-
-    state = jax.eval_shape(initial)
+    batch, seq = config["train"]["batch"], config["data"]["seq"]
+    static, hp = Static.of(config), hyper_parameters(config)
+    state = jax.eval_shape(lambda: first_state(static, 0, hp))
     ids = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
     rows = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), ids)
     rows["loss_mask"] = jax.ShapeDtypeStruct((batch, seq), jnp.float32)
     hp_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), hp)
-    apply = build(model, seed=0, unroll=unroll, remat=remat)[0]
-    step = functools.partial(train_step, apply, *names)
+    step = step_function(static, remat)
     began = time.perf_counter()
     try:
         compiled = aot.compile_tpu(step, state, rows, hp_shapes, generation=generation, donate_argnums=0)

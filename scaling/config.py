@@ -36,6 +36,12 @@ class Field:
     default: Any = REQUIRED
     optional: bool = False
     hashed: bool = True
+    later: bool = False
+    """Added after version 1: hashed only where it is not the default, so that older cells keep their ids."""
+
+    def enters_id(self, value: Any) -> bool:
+        """Whether a value of this field is part of the cell's id."""
+        return self.hashed and not (self.later and value == self.default)
 
 
 def _positive_int(default=REQUIRED, **kw) -> Field:
@@ -235,10 +241,11 @@ def canonical_json(value: Any) -> str:
 def cell_id(cell: Mapping) -> str:
     """The cell's id: 16 hex digits of SHA-256 over the canonical JSON of every hashed field."""
     hashed = {
-        section: {k: cell[section][k] for k, field in fields.items() if field.hashed}
+        section: {k: cell[section][k] for k, field in fields.items() if field.enters_id(cell[section][k])}
         for section, fields in SCHEMA.items()
     }
-    text = canonical_json({"version": SCHEMA_VERSION, **hashed})
+    # a section of later fields alone, all of them at their defaults, is not there
+    text = canonical_json({"version": SCHEMA_VERSION, **{k: v for k, v in hashed.items() if v}})
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -38,23 +38,22 @@ def decays(path, leaf) -> bool:
     return not any("norm" in str(getattr(k, "key", k)) for k in path)
 
 
-def make_optimizer(name: str, schedule: str, hp: Mapping, params) -> optax.GradientTransformation:
+def make_optimizer(static, hp: Mapping, params) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019) with gradient clipping by global norm.
 
     Args:
-      name: ``adamw``.
-      schedule: name of the learning-rate schedule.
+      static: names of the optimizer and the schedule, a ``scaling.program.Static``.
       hp: see ``hyper_parameters``; may be traced.
       params: the parameter tree (or its shapes), for the weight-decay mask.
     """
-    if name != "adamw":
-        raise ValueError(f"optim.name is {name!r}; it must be 'adamw'")
+    if static.optim != "adamw":
+        raise ValueError(f"optim.name is {static.optim!r}; it must be 'adamw'")
     mask = jax.tree_util.tree_map_with_path(decays, params)
     return optax.chain(
         clip_by_global_norm(hp["grad_clip"]),
         optax.scale_by_adam(b1=hp["beta1"], b2=hp["beta2"], eps=hp["eps"]),
         optax.add_decayed_weights(hp["weight_decay"], mask=mask),
-        optax.scale_by_learning_rate(lambda count: learning_rate(schedule, count, hp)),
+        optax.scale_by_learning_rate(lambda count: learning_rate(static.schedule, count, hp)),
     )
 
 

@@ -21,19 +21,18 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-def init_state(params, optim: str, schedule: str, hp) -> TrainState:
+def init_state(params, static, hp) -> TrainState:
     """The state before the first step, owning fresh buffers."""
     params = jax.tree.map(jnp.array, params)
-    return TrainState(jnp.int32(0), params, make_optimizer(optim, schedule, hp, params).init(params))
+    return TrainState(jnp.int32(0), params, make_optimizer(static, hp, params).init(params))
 
 
-def train_step(apply, optim: str, schedule: str, state: TrainState, batch, hp):
+def train_step(apply, static, state: TrainState, batch, hp):
     """One update.
 
     Args:
       apply: the model, a ``scaling.models.lm.Apply``.
-      optim: optimizer name (static).
-      schedule: schedule name (static).
+      static: names of the optimizer and the schedule, a ``scaling.program.Static``.
       state: before the step.
       batch: arrays ``inputs, targets, segment_ids, positions, loss_mask``, each [batch, seq].
       hp: traced hyper-parameters (``scaling.optim.hyper_parameters``).
@@ -47,12 +46,12 @@ def train_step(apply, optim: str, schedule: str, state: TrainState, batch, hp):
         return loss_fn(apply, params, batch, hp["z_loss"])
 
     (_, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-    optimizer = make_optimizer(optim, schedule, hp, state.params)
+    optimizer = make_optimizer(static, hp, state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {
         "loss": aux["nats"],
         "grad_norm": optax.global_norm(grads),
-        "lr": learning_rate(schedule, state.step, hp),
+        "lr": learning_rate(static.schedule, state.step, hp),
     }
     return TrainState(state.step + 1, params, opt_state), metrics

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import functools
 import json
 import logging
 import math
@@ -38,22 +37,15 @@ from scaling.files import (
     write_whole,
 )
 from scaling.flops import CONVENTIONS, ledger
-from scaling.models.lm import build
-from scaling.models.loss import eval_sums
 from scaling.optim import hyper_parameters
+from scaling.program import Static, compiled, first_state
 from scaling.records import read_result
-from scaling.step import init_state, train_step
 from scaling.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
 LOGGED_POINTS = 200
 """About how many lines of metrics.jsonl a cell writes."""
-
-
-UNROLLED_LAYERS = 4
-"""Up to this depth layers are unrolled: 13 to 23 % less time a step on CPU than a scan of so few, and
-compiling stays quick. By the config alone, never by the device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +69,6 @@ class Diverged(Exception):
     def __init__(self, reason: str, steps: int):
         super().__init__(reason)
         self.steps = steps
-
-
-@functools.lru_cache(maxsize=8)
-def compiled(model_items: tuple, optim: str, schedule: str, remat: str):
-    """The jitted step and evaluation of a shape; cells that share a shape share them."""
-    model = dict(model_items)
-    apply, _ = build(model, seed=0, unroll=model["layers"] <= UNROLLED_LAYERS, remat=remat)
-    step = jax.jit(functools.partial(train_step, apply, optim, schedule), donate_argnums=0)
-    return step, jax.jit(functools.partial(eval_sums, apply))
 
 
 def train(
@@ -192,12 +175,8 @@ class Run:
     def to_the_end(self) -> dict:
         """Steps, evaluations and checkpoints from wherever the cell stands to its last step."""
         cell = self.cell
-        step_fn, self.eval_fn = compiled(
-            tuple(sorted(cell["model"].items())),
-            cell["optim"]["name"],
-            cell["schedule"]["name"],
-            self.execution.remat,
-        )
+        self.static = Static.of(cell)
+        step_fn, self.eval_fn = compiled(self.static, self.execution.remat)
         hp = hyper_parameters(cell)
         state = self.start(hp)
         metrics_file = self.open_metrics()
@@ -235,9 +214,7 @@ class Run:
 
     def start(self, hp):
         """The restored state, or the initial one."""
-        cell = self.cell
-        _, params = build(cell["model"], seed=cell["train"]["seed"])
-        state = init_state(params, cell["optim"]["name"], cell["schedule"]["name"], hp)
+        state = first_state(self.static, self.cell["train"]["seed"], hp)
         restored = self.checkpoints.restore(state)
         if restored is not None and not self.metrics_reach(int(restored[0].step)):
             log.warning(

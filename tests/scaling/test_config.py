@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from scaling.config import SCHEMA, ConfigError, canonical_json, cell_id, validate_cell
+from scaling.config import SCHEMA, ConfigError, Field, canonical_json, cell_id, validate_cell
 
 
 def cell(**changes):
@@ -77,6 +77,15 @@ def test_every_hashed_field_changes_the_id():
             changed = copy.deepcopy(base)
             changed[section][key] = "changed"
             assert (cell_id(changed) != cell_id(base)) == field.hashed, f"{section}.{key}"
+
+
+def test_a_later_field_at_its_default_leaves_old_ids_alone(monkeypatch):
+    old = cell_id(validate_cell(cell()))
+    later = Field(int, lambda x: x > 0, "a positive integer", 3, later=True)
+    monkeypatch.setitem(SCHEMA, "new", {"count": later})
+    assert cell_id(validate_cell(cell())) == old
+    assert cell_id(validate_cell({**cell(), "new": {"count": 3}})) == old
+    assert cell_id(validate_cell({**cell(), "new": {"count": 4}})) != old
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), object(), {1: 2}, [{"a": {1, 2}}]])

@@ -160,6 +160,7 @@ def test_optimizer_equals_optax(cell, tmp_path):
 
     from scaling.models.lm import build
     from scaling.optim import decays, hyper_parameters, make_optimizer
+    from scaling.program import Static
 
     _, params = build(cell["model"], seed=0)
     rng = np.random.default_rng(0)
@@ -177,7 +178,7 @@ def test_optimizer_equals_optax(cell, tmp_path):
             mask=mask,
         ),
     )
-    ours = make_optimizer("adamw", "wsd", hp, params)
+    ours = make_optimizer(Static.of(cell), hp, params)
     a, b = ours.init(params), theirs.init(params)
     for _ in range(3):
         step_a, a = ours.update(grads, a, params)
