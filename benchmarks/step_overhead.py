@@ -28,11 +28,12 @@ from scaling import data
 from scaling.config import validate_cell
 from scaling.data import Stream
 from scaling.files import CellFolder
+from scaling.lane import LOGGED_POINTS
 from scaling.models.lm import build
 from scaling.models.loss import loss_fn
 from scaling.optim import decays
 from scaling.program import UNROLLED_LAYERS
-from scaling.train import LOGGED_POINTS, Execution, train
+from scaling.train import Execution, train
 
 SHAPES = {"d_model 64, 2 layers": (64, 2), "d_model 128, 4 layers": (128, 4)}
 SEQ, BATCH = 128, 8

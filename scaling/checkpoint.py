@@ -11,11 +11,13 @@ from __future__ import annotations
 import logging
 import shutil
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from scaling.files import StorageError, StudyError, explain_os_error
 
@@ -29,26 +31,33 @@ class Checkpoints:
       folder: where they lie; made if missing.
       cell: the cell's id, stored and compared.
       keep: how many to keep.
+      keep_steps: steps whose checkpoints stay whatever their number.
     """
 
-    def __init__(self, folder: Path, cell: str, keep: int = 2):
+    def __init__(self, folder: Path, cell: str, keep: int = 2, keep_steps: Collection[int] = ()):
         self.folder, self.cell = Path(folder).absolute(), cell
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True, create=True
+            preservation_policy=preservation.AnyPreservationPolicy(
+                [preservation.LatestN(keep), preservation.CustomSteps(sorted(keep_steps))]
+            ),
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=True,
+            create=True,
         )
         try:
             self.manager = ocp.CheckpointManager(self.folder, options=options)
         except OSError as error:
             raise StorageError(explain_os_error(error, self.folder)) from error
 
-    def save(self, state, seconds: float) -> None:
-        """Saves the state at its own step, whole or not at all.
+    def save(self, state, seconds: float, device_seconds: float | None = None) -> None:
+        """Saves the state at its own step, whole or not at all, with the time it took to come there.
 
         Raises:
           StorageError: the disk is full or the folder cannot be written.
         """
         step = int(state.step)
         metadata = {"cell": self.cell, "digest": digest(state), "seconds": seconds}
+        metadata["device_seconds"] = seconds if device_seconds is None else device_seconds
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata))
         try:
             self.manager.save(step, args=items, force=True)
@@ -64,8 +73,8 @@ class Checkpoints:
                 ) from error
             raise
 
-    def restore(self, like) -> tuple[object, float] | None:
-        """The newest checkpoint that reads back whole, and its training seconds; None where there is none.
+    def restore(self, like) -> tuple[object, dict] | None:
+        """The newest checkpoint that reads back whole, and its metadata; None where there is none.
 
         Args:
           like: a state with the structure, shapes and dtypes expected.
@@ -74,29 +83,35 @@ class Checkpoints:
           StudyError: a checkpoint of another cell.
         """
         for step in sorted(self.manager.all_steps(), reverse=True):
-            try:
-                metadata = self.manager.restore(
-                    step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
-                ).metadata
-                abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-                state = self.manager.restore(
-                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-                ).state
-                problem = None if metadata["digest"] == digest(state) else "its digest does not match"
-            except Exception as error:  # Orbax raises many kinds for a damaged file; any means: not usable
-                problem = f"it cannot be read ({type(error).__name__})"
+            state, metadata, problem = read_step(self.manager, step, like)
             if problem is None:
                 if metadata["cell"] != self.cell:
                     raise StudyError(
                         f"{self.folder}/{step} belongs to cell {metadata['cell']}, not {self.cell}; "
                         "remove it or use another study folder"
                     )
-                return state, float(metadata["seconds"])
+                return state, metadata
             log.warning(
                 "checkpoint %s/%s is corrupt: %s; the one before it is used", self.folder, step, problem
             )
             self._set_aside(step)
         return None
+
+    @staticmethod
+    def restore_from(folder: Path, step: int, like):
+        """The state that another cell saved at a step; None where it has none that reads back whole.
+
+        Nothing in that folder is changed: its own cell may be training.
+        """
+        options = ocp.CheckpointManagerOptions(read_only=True)
+        if not (Path(folder) / str(step)).exists():
+            return None
+        with ocp.CheckpointManager(Path(folder).absolute(), options=options) as manager:
+            state, _, problem = read_step(manager, step, like)
+        if problem is not None:
+            log.warning("checkpoint %s/%s is corrupt: %s", folder, step, problem)
+            return None
+        return state
 
     def _set_aside(self, step: int) -> None:
         source, target = self.folder / str(step), self.folder.parent / f"corrupt-checkpoint-{step}"
@@ -111,6 +126,17 @@ class Checkpoints:
 
     def close(self) -> None:
         self.manager.close()
+
+
+def read_step(manager, step: int, like) -> tuple[object, dict | None, str | None]:
+    """(state, metadata, problem) of one checkpoint; the problem is None where it reads back whole."""
+    try:
+        metadata = manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())).metadata
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
+        return state, metadata, None if metadata["digest"] == digest(state) else "its digest does not match"
+    except Exception as error:  # Orbax raises many kinds for a damaged file; any means: not usable
+        return None, None, f"it cannot be read ({type(error).__name__})"
 
 
 def digest(tree) -> str:

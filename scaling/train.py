@@ -1,4 +1,4 @@
-"""Training one cell: resume, step, evaluate, record.
+"""Training cells: resume, step, evaluate, record; one alone, or a pack of one shape side by side.
 
 ``train(cell, folder)`` may be killed at any moment and called again: it goes on from the newest
 whole checkpoint and ends with the same ``result.json`` and ``metrics.jsonl``, byte for byte on
@@ -8,44 +8,21 @@ CPU. Timings live in ``timing.json``, apart from the numbers.
 from __future__ import annotations
 
 import dataclasses
-import errno
-import json
-import logging
-import math
-import os
-import platform
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
-import numpy as np
 
-from scaling import __version__, data
-from scaling.checkpoint import Checkpoints
-from scaling.config import ConfigError, cell_id, validate_cell
-from scaling.data import Stream, heldout_batches
-from scaling.evaluate import held_out_loss
-from scaling.files import (
-    CellFolder,
-    StorageError,
-    StudyError,
-    explain_os_error,
-    read_json,
-    read_jsonl,
-    write_json,
-    write_whole,
-)
+from scaling import data
+from scaling.config import ConfigError, canonical_json, cell_id, validate_cell
+from scaling.files import CellFolder, StudyError, read_json, write_json
 from scaling.flops import CONVENTIONS, ledger
-from scaling.optim import hyper_parameters
-from scaling.program import Static, compiled, first_state
+from scaling.lane import Diverged, Job, Lane
+from scaling.pack import program_for
+from scaling.program import Static, first_state
 from scaling.records import read_result
 from scaling.tracking import Tracker
-
-log = logging.getLogger(__name__)
-
-LOGGED_POINTS = 200
-"""About how many lines of metrics.jsonl a cell writes."""
+from scaling.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +38,12 @@ class Execution:
     """Batches read ahead in a thread; by default 2, and none on CPU, where the thread costs more."""
     wandb: str = "off"
     """``off``, ``offline`` or ``online``: mirror the metrics to Weights & Biases."""
-
-
-class Diverged(Exception):
-    """The loss is not a number, or ran away, after ``steps`` updates."""
-
-    def __init__(self, reason: str, steps: int):
-        super().__init__(reason)
-        self.steps = steps
+    together: str | None = None
+    """How a pack's cells share the device: ``vmap``, one program over all of them, or ``turns``, the single
+    cell's program for each in turn. By default turns on CPU, where they are faster and give the bits of a
+    cell alone, and vmap elsewhere."""
+    watchdog_seconds: float = 1800.0
+    """End the process, with a stack trace, when no step has ended for so long; 0: never."""
 
 
 def train(
@@ -92,33 +67,54 @@ def train(
       ConfigError: the cell cannot be run, or the data is not the data it was planned on.
       StudyError: the folder is of another cell, cannot be written, or the disk is full.
     """
-    cell, execution = validate_cell(cell), execution or Execution()
-    name = cell_id(cell)
+    return train_pack([Job(cell, folder)], execution, on_metrics)[0]
+
+
+def train_pack(
+    jobs: Sequence[Job],
+    execution: Execution | None = None,
+    on_metrics: Callable[[dict], None] | None = None,
+) -> list[dict]:
+    """Trains cells of one shape side by side, each as if it were alone.
+
+    They may differ in whatever is traced: seed, data, learning rate, weight decay, warm-up, schedule length.
+    Each keeps its own lines, checkpoints and result; one that ends, or diverges, leaves the others to go
+    on; what is killed resumes from each cell's own checkpoint, in this pack or another or alone.
+
+    On CPU the numbers are those of the cell alone, bit for bit. Under ``vmap`` (the default elsewhere) XLA
+    orders the sums of a batched product differently: the losses agree to float32 rounding, grown by
+    training (see tests/scaling/test_pack.py).
+
+    Args:
+      jobs: at least one; their compiled parts (``Static``, batch, sequence length) must be equal.
+      execution: how to run them. on_metrics: called with every logged line of every cell.
+
+    Returns:
+      The content of each ``result.json``, in order.
+
+    Raises:
+      ConfigError: cells of different shapes; otherwise as ``train``.
+      StudyError: as ``train``.
+    """
+    execution = execution or Execution()
+    jobs = [dataclasses.replace(job, cell=validate_cell(job.cell)) for job in jobs]
+    for job in jobs:
+        check_folder(job)
+    todo = [job for job in jobs if not job.folder.result.exists()]
+    if todo:
+        Pack(todo, execution, on_metrics).to_the_end()
+    return [read_result(job.folder) for job in jobs]
+
+
+def check_folder(job: Job) -> None:
+    """Raises ``StudyError`` where the folder is another cell's; else leaves the config there."""
+    folder, name = job.folder, cell_id(job.cell)
     if folder.config.exists():
         stored = cell_id(validate_cell(read_json(folder.config)))
         if stored != name:
             raise StudyError(f"{folder.path} holds cell {stored}, not {name}; use another study folder")
-    if folder.result.exists():
-        return read_result(folder)
-    write_json(folder.config, cell)
-
-    dataset = open_planned_data(cell)
-    tracker = Tracker(execution.wandb, folder.path.parent.parent, name, tracked_config(cell, name))
-    result = None
-    try:
-        run = Run(cell, name, folder, execution, dataset, on_metrics or tracker.log)
-        try:
-            result = run.to_the_end()
-        except Diverged as end:
-            result = run.result("diverged", end.steps, [], str(end))
-        finally:
-            run.checkpoints.close()
-    finally:
-        tracker.finish(result)
-    write_json(folder.timing, run.timing())
-    write_json(folder.result, result)
-    folder.failure.unlink(missing_ok=True)
-    return result
+    if not folder.result.exists():
+        write_json(folder.config, job.cell)
 
 
 def tracked_config(cell: Mapping, name: str) -> dict:
@@ -153,211 +149,131 @@ def open_planned_data(cell: Mapping):
     return dataset
 
 
-class Run:
-    """One attempt at a cell."""
+def program_key(cell: Mapping) -> tuple:
+    """What cells of one pack must share."""
+    return Static.of(cell), cell["train"]["batch"], cell["data"]["seq"]
 
-    def __init__(self, cell, name, folder, execution, dataset, on_metrics):
-        self.cell, self.name, self.folder, self.execution = cell, name, folder, execution
-        self.dataset, self.on_metrics = dataset, on_metrics
-        train_cfg = cell["train"]
-        self.steps, self.batch, self.seq = train_cfg["steps"], train_cfg["batch"], cell["data"]["seq"]
-        self.stream = Stream(dataset.train, self.seq, self.batch, train_cfg["seed"])
-        self.heldout = heldout_batches(
-            dataset.heldout, self.seq, eval_batch(self.batch, self.seq), cell["eval"]["sequences"]
+
+class Pack:
+    """Cells of one shape under way together."""
+
+    def __init__(self, jobs: Sequence[Job], execution: Execution, on_metrics):
+        if len({program_key(job.cell) for job in jobs}) > 1:
+            names = ", ".join(cell_id(job.cell) for job in jobs)
+            raise ConfigError(f"cells {names} differ in what is compiled; a pack needs one shape and batch")
+        if execution.wandb != "off" and len(jobs) > 1:
+            raise ConfigError(
+                f"wandb is {execution.wandb!r} with {len(jobs)} cells; it mirrors one at a time"
+            )
+        self.execution, self.static = execution, Static.of(jobs[0].cell)
+        self.program = program_for(self.static, execution.remat, len(jobs), execution.together)
+        self.prefetch = execution.prefetch
+        if self.prefetch is None:
+            self.prefetch = 0 if jax.default_backend() == "cpu" else 2
+        opened: dict[str, object] = {}
+        for job in jobs:  # cells of one study share their data
+            key = canonical_json(job.cell["data"])
+            opened[key] = opened.get(key) or open_planned_data(job.cell)
+        first = jobs[0]
+        self.tracker = Tracker(
+            execution.wandb,
+            first.folder.path.parent.parent,
+            cell_id(first.cell),
+            tracked_config(first.cell, cell_id(first.cell)),
         )
-        self.account = ledger(cell["model"], self.seq)
-        self.checkpoints = Checkpoints(folder.checkpoints, name)
-        self.log_every = max(1, self.steps // LOGGED_POINTS)
-        self.seconds_before = 0.0
-        self.started = time.perf_counter()
-        self.first_step = 0
+        listen = on_metrics or self.tracker.log
+        self.lanes = [Lane(job, opened[canonical_json(job.cell["data"])], listen) for job in jobs]
+        self.clock = time.perf_counter()
+        self.result = None
 
-    def to_the_end(self) -> dict:
-        """Steps, evaluations and checkpoints from wherever the cell stands to its last step."""
-        cell = self.cell
-        self.static = Static.of(cell)
-        step_fn, self.eval_fn = compiled(self.static, self.execution.remat)
-        hp = hyper_parameters(cell)
-        state = self.start(hp)
-        metrics_file = self.open_metrics()
-        evals = self.evals_so_far
-        log_every, eval_steps = self.log_every, self.eval_steps()
-        pending = None
-        last_save = time.perf_counter()
-        prefetch = self.execution.prefetch
-        if prefetch is None:
-            prefetch = 0 if jax.default_backend() == "cpu" else 2
-        batches = self.stream.iterate(self.first_step, self.steps, prefetch=prefetch)
-        with metrics_file:
-            for step, batch in zip(range(self.first_step, self.steps), batches, strict=True):
-                state, metrics = step_fn(state, batch, hp)
-                if pending is not None:  # one step late, so that the device never waits for Python
-                    self.check_and_log(*pending, log_every, metrics_file)
-                pending = (step, metrics)
-                done = step + 1
-                if done in eval_steps:
-                    self.check_and_log(*pending, log_every, metrics_file)
-                    pending = None
-                    evals = [*evals, self.evaluate(done, state.params)]
-                    if done < self.steps:
-                        write_line(metrics_file, {"step": done, "eval": evals[-1]})
-                if self.save_due(done, last_save) or done == self.steps:
-                    if pending is not None:
-                        self.check_and_log(*pending, log_every, metrics_file)
+    def to_the_end(self) -> None:
+        """Steps, evaluations and checkpoints from wherever each cell stands to its last step."""
+        try:
+            with Watchdog(self.execution.watchdog_seconds) as watchdog:
+                state = self.start()
+                hp = self.program.gather([lane.hp for lane in self.lanes])
+                batches = [self.batches_of(lane) for lane in self.lanes]
+                pending = None
+                while any(lane.active for lane in self.lanes):
+                    stepping = [lane.active for lane in self.lanes]
+                    rows = [next(b) if a else None for a, b in zip(stepping, batches, strict=True)]
+                    state, metrics = self.program.step(state, rows, hp, stepping)
+                    for lane in self.stepping(stepping):
+                        lane.done += 1
+                    if pending is not None:  # one step late, so that the device never waits for Python
+                        self.read(*pending)
+                    done = [lane.done if a else None for a, lane in zip(stepping, self.lanes, strict=True)]
+                    pending = (done, metrics)
+                    if any(self.needs_a_stop(lane) for lane in self.stepping(stepping)):
+                        self.read(*pending)
                         pending = None
-                    os.fsync(metrics_file.fileno())  # a checkpoint never outlives the metrics before it
-                    self.checkpoints.save(state, self.seconds())
-                    last_save = time.perf_counter()
-            if self.first_step == self.steps:  # killed between the last save and the result
-                evals = [*evals, self.evaluate(self.steps, state.params)]
-        return self.result("finished", self.steps, evals, None)
+                        for j, lane in enumerate(self.lanes):
+                            if lane.active and self.needs_a_stop(lane):
+                                self.stop_at(lane, self.program.lane(state, j))
+                    watchdog.step_ended()
+        finally:
+            for lane in self.lanes:
+                lane.close()
+            self.tracker.finish(self.result)
 
-    def start(self, hp):
-        """The restored state, or the initial one."""
-        state = first_state(self.static, self.cell["train"]["seed"], hp)
-        restored = self.checkpoints.restore(state)
-        if restored is not None and not self.metrics_reach(int(restored[0].step)):
-            log.warning(
-                "%s lacks lines from before its checkpoint; the cell starts again", self.folder.metrics
-            )
-            self.checkpoints.discard()
-            restored = None
-        if restored is not None:
-            state, self.seconds_before = restored
-            state = jax.tree.map(jax.numpy.array, state)  # buffers of our own: the step donates them
-            self.first_step = int(state.step)
-        return state
+    def stepping(self, which: Sequence[bool]) -> list[Lane]:
+        return [lane for a, lane in zip(which, self.lanes, strict=True) if a]
 
-    def open_metrics(self):
-        """Cuts the metrics back to the resumed step and opens them for appending."""
-        rows = [r for r in read_jsonl(self.folder.metrics) if r["step"] <= self.first_step]
-        self.evals_so_far = [r["eval"] for r in rows if "eval" in r]
-        write_whole(self.folder.metrics, "".join(to_line(r) for r in rows))
-        return open(self.folder.metrics, "ab", buffering=0)
+    def start(self):
+        """Every cell's state, gathered; cells that were killed after their last step are ended here."""
+        states = []
+        for lane in self.lanes:
+            first = first_state(self.static, lane.cell["train"]["seed"], lane.hp)
+            try:
+                states.append(lane.start(first))
+            except Diverged as end:
+                self.end(lane, "diverged", end.steps, str(end))
+                states.append(first)
+                continue
+            if lane.done == lane.steps:  # killed between the last save and the result
+                self.stop_at(lane, states[-1])
+        return self.program.gather(states)
 
-    def metrics_reach(self, step: int) -> bool:
-        """Whether every line that was written up to a step is there: a damaged file may have lost some."""
-        rows = [r for r in read_jsonl(self.folder.metrics) if r["step"] <= step]
-        logged = {s for s in range(1, step + 1) if s % self.log_every == 0 or s == self.steps}
-        evaluated = {s for s in self.eval_steps() if s <= step and s < self.steps}
-        return {r["step"] for r in rows if "loss" in r} >= logged and {
-            r["step"] for r in rows if "eval" in r
-        } >= evaluated
+    def batches_of(self, lane: Lane):
+        return lane.stream.iterate(lane.done, max(lane.done, lane.steps), prefetch=self.prefetch)
 
-    def eval_steps(self) -> set[int]:
-        points = self.cell["eval"]["points"]
-        return {round(self.steps * (i + 1) / points) for i in range(points)} - {0}
+    def needs_a_stop(self, lane: Lane) -> bool:
+        return lane.done in lane.eval_steps or lane.save_due(self.execution)
 
-    def save_due(self, done: int, last_save: float) -> bool:
-        every = self.execution.checkpoint_steps
-        if every is not None and done % every == 0:
-            return True
-        return time.perf_counter() - last_save > self.execution.checkpoint_seconds
+    def read(self, done: Sequence[int | None], metrics) -> None:
+        """Looks at the numbers of one step of every cell that took it."""
+        for j, (steps, lane) in enumerate(zip(done, self.lanes, strict=True)):
+            if steps is None or not lane.active:
+                continue
+            try:
+                lane.check_and_log(steps, self.program.metrics_of(metrics, j))
+            except Diverged as end:
+                self.end(lane, "diverged", end.steps, str(end))
 
-    def check_and_log(self, step: int, metrics, log_every: int, file) -> None:
-        """Reads one step's metrics, ends a run that diverged, writes every ``log_every``-th."""
-        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        runaway = 2 * math.log(self.cell["model"]["vocab"])
-        if not math.isfinite(loss):
-            raise Diverged(f"the training loss was {loss} at step {step + 1}", step + 1)
-        if not math.isfinite(grad_norm):
-            raise Diverged(f"the gradient's norm was {grad_norm} at step {step + 1}", step + 1)
-        if step >= self.cell["schedule"]["warmup_steps"] and loss > runaway:
-            raise Diverged(
-                f"the training loss was {loss:.3f} at step {step + 1}, "
-                f"over twice that of a uniform guess ({runaway / 2:.3f})",
-                step + 1,
-            )
-        if (step + 1) % log_every == 0 or step + 1 == self.steps:
-            line = {
-                "step": step + 1,
-                "tokens": (step + 1) * self.batch * self.seq,
-                "loss": loss,
-                "grad_norm": grad_norm,
-                "lr": float(metrics["lr"]),
-            }
-            write_line(file, line)
-            if self.on_metrics is not None:
-                self.on_metrics({**line, "seconds": self.seconds()})
+    def stop_at(self, lane: Lane, state) -> None:
+        """Evaluates and saves one cell where these are due; ends it at its last step."""
+        self.share_time()
+        try:
+            if lane.done in lane.eval_steps:
+                lane.evaluate(self.program.evaluate, state.params)
+        except Diverged as end:
+            self.end(lane, "diverged", end.steps, str(end))
+            return
+        self.share_time()
+        if lane.done > lane.first_step and lane.save_due(self.execution):
+            lane.save(state)
+        if lane.done == lane.steps:
+            self.end(lane, "finished", lane.steps, None)
 
-    def evaluate(self, done: int, params) -> dict:
-        scores = held_out_loss(self.eval_fn, params, self.heldout, self.dataset.bytes_per_token)
-        if not np.isfinite(scores["loss"]) or not np.isfinite(scores["loss_stderr"]):
-            raise Diverged(f"the held-out loss was {scores['loss']} at step {done}", done)
-        if done == self.steps and scores["loss"] > math.log(self.cell["model"]["vocab"]):
-            words = f"the final held-out loss, {scores['loss']:.3f}, is worse than a uniform guess"
-            raise Diverged(words, done)
-        return {"step": done, "tokens": done * self.batch * self.seq, **scores}
+    def end(self, lane: Lane, status: str, steps: int, reason: str | None) -> None:
+        self.share_time()
+        self.result = lane.end(status, steps, reason, devices=1)
 
-    def result(self, status: str, steps: int, evals: list[dict], reason: str | None) -> dict:
-        """The result file after ``steps`` updates: numbers of the cell and the device kind alone."""
-        account, tokens = self.account, steps * self.batch * self.seq
-        final = evals[-1] if evals else {}
-        return {
-            "cell": self.name,
-            "status": status,
-            "reason": reason,
-            "loss": final.get("loss"),
-            "loss_stderr": final.get("loss_stderr"),
-            "bits_per_byte": final.get("bits_per_byte"),
-            "steps": steps,
-            "tokens": tokens,
-            "unique_tokens": int(self.stream.unique_tokens_at(steps)),
-            "epochs": float(self.stream.epochs_at(steps)),
-            "flops": account.train_flops(tokens, "exact"),
-            "evals": evals,
-            "data": self.dataset.fingerprint,
-            "device_kind": jax.devices()[0].device_kind,
-            "devices": 1,
-            "cpu_cores": cpu_cores(),
-            "versions": {
-                "scaling": __version__,
-                "jax": jax.__version__,
-                "numpy": np.__version__,
-                "python": platform.python_version(),
-            },
-        }
-
-    def seconds(self) -> float:
-        return self.seconds_before + time.perf_counter() - self.started
-
-    def timing(self) -> dict:
-        """Wall time of all attempts that led to this result, and memory where the device tells."""
-        memory = jax.devices()[0].memory_stats() or {}
-        return {
-            "wall_seconds": self.seconds(),
-            "device_seconds": self.seconds(),
-            "resumed_from_step": self.first_step,
-            "peak_bytes": memory.get("peak_bytes_in_use"),
-            "finished_at": time.time(),
-        }
-
-
-def cpu_cores() -> int | None:
-    """Cores that XLA's CPU backend splits its sums over; None on an accelerator."""
-    if jax.default_backend() != "cpu":
-        return None
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def eval_batch(batch: int, seq: int) -> int:
-    """Sequences in one evaluation batch: about 16,384 tokens, or those of a training batch if it has more."""
-    return max(1, min(64, max(batch, 16384 // seq)))
-
-
-def to_line(row: dict) -> str:
-    return json.dumps(row, allow_nan=False) + "\n"
-
-
-def write_line(file, row: dict) -> None:
-    """Appends one whole line.
-
-    Raises:
-      StorageError: the disk is full.
-    """
-    data = to_line(row).encode()
-    try:
-        if file.write(data) != len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError as error:
-        raise StorageError(explain_os_error(error, Path(file.name))) from error
+    def share_time(self) -> None:
+        """Adds the time since the last call: wall time to every active cell, the device's in equal parts."""
+        now = time.perf_counter()
+        active = [lane for lane in self.lanes if lane.active]
+        for lane in active:
+            lane.wall_seconds += now - self.clock
+            lane.device_seconds += (now - self.clock) / len(active)
+        self.clock = now

@@ -1,0 +1,321 @@
+"""One attempt at one cell: its data, its checkpoints, its lines and its result.
+
+What is here is a cell's own, whether it trains alone or beside others in a pack
+(``scaling.train``). No number depends on which.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from scaling import __version__
+from scaling.checkpoint import Checkpoints
+from scaling.config import cell_id
+from scaling.data import Stream, heldout_batches
+from scaling.evaluate import held_out_loss
+from scaling.files import CellFolder, StorageError, explain_os_error, read_jsonl, write_json, write_whole
+from scaling.flops import ledger
+from scaling.optim import hyper_parameters
+from scaling.records import read_result
+from scaling.spikes import count_spikes
+
+log = logging.getLogger(__name__)
+
+LOGGED_POINTS = 200
+"""About how many lines of metrics.jsonl a cell writes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A cell to train, and where it stands among the others.
+
+    Attributes:
+      cell: a validated cell config.
+      folder: where it lives; made if missing.
+      trunk: folder of the cell whose checkpoint this one starts from, for a branch.
+      fork: updates that the trunk has done at that checkpoint; 0 where there is no trunk. The branch's
+        lines and evaluations begin after it.
+      keep: steps whose checkpoints are never removed: where branches leave this cell.
+    """
+
+    cell: Mapping
+    folder: CellFolder
+    trunk: CellFolder | None = None
+    fork: int = 0
+    keep: tuple[int, ...] = ()
+
+
+class Diverged(Exception):
+    """The loss is not a number, or ran away, after ``steps`` updates."""
+
+    def __init__(self, reason: str, steps: int):
+        super().__init__(reason)
+        self.steps = steps
+
+
+class Lane:
+    """A job under way.
+
+    Attributes:
+      done: updates so far. active: whether it has steps left to do.
+      wall_seconds, device_seconds: of all attempts that led here; cells of a pack share the device's time.
+    """
+
+    def __init__(self, job: Job, dataset, on_metrics: Callable[[dict], None] | None):
+        cell = job.cell
+        self.job, self.cell, self.name, self.folder = job, cell, cell_id(cell), job.folder
+        self.dataset, self.on_metrics = dataset, on_metrics
+        self.steps, self.batch, self.seq = cell["train"]["steps"], cell["train"]["batch"], cell["data"]["seq"]
+        self.stream = Stream(dataset.train, self.seq, self.batch, cell["train"]["seed"])
+        self.heldout = heldout_batches(
+            dataset.heldout, self.seq, eval_batch(self.batch, self.seq), cell["eval"]["sequences"]
+        )
+        self.hp = hyper_parameters(cell)
+        self.account = ledger(cell["model"], self.seq)
+        self.checkpoints = Checkpoints(self.folder.checkpoints, self.name, keep_steps=job.keep)
+        self.log_every = max(1, self.steps // LOGGED_POINTS)
+        self.eval_steps = eval_steps(cell, job.fork)
+        self.done, self.active = 0, True
+        self.evals: list[dict] = []
+        self.file = None
+        self.wall_seconds = self.device_seconds = 0.0
+        self.last_save = time.perf_counter()
+
+    def start(self, first_state):
+        """The state to go on from: the newest whole checkpoint, the trunk's, or the initial one.
+
+        Args:
+          first_state: the state before the first step; its shapes are those of every checkpoint.
+        """
+        restored = self.checkpoints.restore(first_state)
+        if restored is not None and not self.metrics_reach(int(restored[0].step)):
+            log.warning(
+                "%s lacks lines from before its checkpoint; the cell starts again", self.folder.metrics
+            )
+            self.checkpoints.discard()
+            restored = None
+        if restored is not None:
+            state, metadata = restored
+            self.wall_seconds = metadata["seconds"]
+            self.device_seconds = metadata.get("device_seconds", metadata["seconds"])
+        else:
+            state = self.from_trunk(first_state)
+        if state is not first_state:
+            state = jax.tree.map(jax.numpy.array, state)  # buffers of our own: the step donates them
+        self.done = self.first_step = int(state.step)
+        self.open_metrics()
+        return state
+
+    def from_trunk(self, first_state):
+        """The trunk's state where this branch leaves it.
+
+        Where the trunk kept no whole checkpoint there, the branch trains from its own beginning: the same
+        numbers, for more compute.
+
+        Raises:
+          Diverged: the trunk ran away before the fork, as this cell would have.
+        """
+        if self.job.trunk is None:
+            return first_state
+        state = self.checkpoints.restore_from(self.job.trunk.checkpoints, self.job.fork, first_state)
+        if state is not None:
+            return state
+        if self.job.trunk.result.exists():
+            end = read_result(self.job.trunk)
+            if end["status"] == "diverged" and end["steps"] <= self.job.fork:
+                raise Diverged(f"its trunk diverged: {end['reason']}", end["steps"])
+        log.warning(
+            "%s has no checkpoint of step %d to branch from; %s trains from its beginning",
+            self.job.trunk.checkpoints, self.job.fork, self.name,
+        )  # fmt: skip
+        return first_state
+
+    def open_metrics(self) -> None:
+        """Cuts the metrics back to the resumed step and opens them for appending."""
+        rows = [r for r in read_jsonl(self.folder.metrics) if r["step"] <= self.done]
+        self.evals = [r["eval"] for r in rows if "eval" in r]
+        write_whole(self.folder.metrics, "".join(to_line(r) for r in rows))
+        self.file = open(self.folder.metrics, "ab", buffering=0)  # noqa: SIM115 (``close`` closes it)
+
+    def metrics_reach(self, step: int) -> bool:
+        """Whether every line that was written up to a step is there: a damaged file may have lost some."""
+        rows = [r for r in read_jsonl(self.folder.metrics) if r["step"] <= step]
+        logged = {s for s in range(self.job.fork + 1, step + 1) if self.logs(s)}
+        evaluated = {s for s in self.eval_steps if s <= step and s < self.steps}
+        return {r["step"] for r in rows if "loss" in r} >= logged and {
+            r["step"] for r in rows if "eval" in r
+        } >= evaluated
+
+    def logs(self, done: int) -> bool:
+        """Whether the update that makes ``done`` of them has a line."""
+        return done > self.job.fork and (done % self.log_every == 0 or done == self.steps)
+
+    def save_due(self, execution) -> bool:
+        if self.done == self.steps or self.done in self.job.keep:
+            return True
+        every = execution.checkpoint_steps
+        if every is not None and self.done % every == 0:
+            return True
+        return time.perf_counter() - self.last_save > execution.checkpoint_seconds
+
+    def save(self, state) -> None:
+        """A checkpoint, whole or not at all, never before the lines that lead to it."""
+        os.fsync(self.file.fileno())
+        self.checkpoints.save(state, self.wall_seconds, self.device_seconds)
+        self.last_save = time.perf_counter()
+
+    def check_and_log(self, done: int, metrics: Mapping) -> None:
+        """Reads the numbers of the update that made ``done`` of them; writes a line where one is due.
+
+        Raises:
+          Diverged: the loss or the gradient is not a number, or the loss ran away.
+        """
+        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        runaway = 2 * math.log(self.cell["model"]["vocab"])
+        if not math.isfinite(loss):
+            raise Diverged(f"the training loss was {loss} at step {done}", done)
+        if not math.isfinite(grad_norm):
+            raise Diverged(f"the gradient's norm was {grad_norm} at step {done}", done)
+        if done > self.cell["schedule"]["warmup_steps"] and loss > runaway:
+            raise Diverged(
+                f"the training loss was {loss:.3f} at step {done}, "
+                f"over twice that of a uniform guess ({runaway / 2:.3f})",
+                done,
+            )
+        if self.logs(done):
+            line = {"step": done, "tokens": done * self.batch * self.seq, "loss": loss}
+            line |= {"grad_norm": grad_norm, "lr": float(metrics["lr"])}
+            if "skipped" in metrics:
+                line["skipped"] = int(metrics["skipped"])
+            self.write(line)
+            if self.on_metrics is not None:
+                self.on_metrics({**line, "seconds": self.wall_seconds})
+
+    def evaluate(self, eval_fn, params) -> None:
+        """The held-out loss at this step, kept and written.
+
+        Raises:
+          Diverged: it is not a number, or no better than a uniform guess at the end.
+        """
+        scores = held_out_loss(eval_fn, params, self.heldout, self.dataset.bytes_per_token)
+        if not np.isfinite(scores["loss"]) or not np.isfinite(scores["loss_stderr"]):
+            raise Diverged(f"the held-out loss was {scores['loss']} at step {self.done}", self.done)
+        if self.done == self.steps and scores["loss"] > math.log(self.cell["model"]["vocab"]):
+            words = f"the final held-out loss, {scores['loss']:.3f}, is worse than a uniform guess"
+            raise Diverged(words, self.done)
+        score = {"step": self.done, "tokens": self.done * self.batch * self.seq, **scores}
+        self.evals = [*self.evals, score]
+        if self.done < self.steps:
+            self.write({"step": self.done, "eval": score})
+
+    def write(self, row: dict) -> None:
+        write_line(self.file, row)
+
+    def end(self, status: str, steps: int, reason: str | None, devices: int) -> dict:
+        """Writes the result: numbers of the cell and the device kind alone; timings go to another file."""
+        self.active = False
+        self.close()
+        tokens = steps * self.batch * self.seq
+        evals = self.evals if status == "finished" else []
+        final = evals[-1] if evals else {}
+        lines = [r for r in read_jsonl(self.folder.metrics) if "loss" in r]
+        result = {
+            "cell": self.name,
+            "status": status,
+            "reason": reason,
+            "loss": final.get("loss"),
+            "loss_stderr": final.get("loss_stderr"),
+            "bits_per_byte": final.get("bits_per_byte"),
+            "steps": steps,
+            "tokens": tokens,
+            "unique_tokens": int(self.stream.unique_tokens_at(steps)),
+            "epochs": float(self.stream.epochs_at(steps)),
+            "flops": self.account.train_flops(tokens, "exact"),
+            "spikes": count_spikes([r["loss"] for r in lines]),
+            "skipped_steps": lines[-1].get("skipped", 0) if lines else 0,
+            "evals": evals,
+            "data": self.dataset.fingerprint,
+            "device_kind": jax.devices()[0].device_kind,
+            "devices": devices,
+            "cpu_cores": cpu_cores(),
+            "versions": {
+                "scaling": __version__,
+                "jax": jax.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        write_json(self.folder.timing, self.timing(max(0, steps - self.job.fork)))
+        write_json(self.folder.result, result)
+        self.folder.failure.unlink(missing_ok=True)
+        return result
+
+    def timing(self, steps: int) -> dict:
+        """Time of all attempts that led to this result, and memory where the device tells."""
+        memory = jax.devices()[0].memory_stats() or {}
+        tokens = steps * self.batch * self.seq
+        return {
+            "wall_seconds": self.wall_seconds,
+            "device_seconds": self.device_seconds,
+            "tokens_per_second": tokens / self.device_seconds if self.device_seconds else None,
+            "flops_per_second": self.account.train_flops(tokens) / self.device_seconds
+            if self.device_seconds
+            else None,
+            "resumed_from_step": getattr(self, "first_step", 0),
+            "peak_bytes": memory.get("peak_bytes_in_use"),
+            "finished_at": time.time(),
+        }
+
+    def close(self) -> None:
+        """Lets go of the files; safe to call twice."""
+        if self.file is not None:
+            self.file.close()
+        self.checkpoints.close()
+
+
+def eval_steps(cell: Mapping, fork: int = 0) -> set[int]:
+    """After how many updates a cell is evaluated: evenly spaced, the last at its end, none before the fork."""
+    steps, points = cell["train"]["steps"], cell["eval"]["points"]
+    return {s for s in (round(steps * (i + 1) / points) for i in range(points)) if s > fork}
+
+
+def cpu_cores() -> int | None:
+    """Cores that XLA's CPU backend splits its sums over; None on an accelerator."""
+    if jax.default_backend() != "cpu":
+        return None
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def eval_batch(batch: int, seq: int) -> int:
+    """Sequences in one evaluation batch: about 16,384 tokens, or those of a training batch if it has more."""
+    return max(1, min(64, max(batch, 16384 // seq)))
+
+
+def to_line(row: dict) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def write_line(file, row: dict) -> None:
+    """Appends one whole line.
+
+    Raises:
+      StorageError: the disk is full.
+    """
+    data = to_line(row).encode()
+    try:
+        if file.write(data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise StorageError(explain_os_error(error, Path(file.name))) from error

@@ -1,0 +1,104 @@
+"""How the cells of a pack share a device: in turns through one cell's program, or as one vmapped program."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scaling.config import ConfigError
+from scaling.program import Static, compiled, step_function
+
+
+class Turns:
+    """Each cell's step by the program of a cell alone, one after another; states stay apart."""
+
+    def __init__(self, static: Static, remat: str):
+        self.one_step, self.evaluate = compiled(static, remat)
+
+    def gather(self, trees: Sequence) -> list:
+        """What the cells have, each its own, as ``step`` takes it."""
+        return list(trees)
+
+    def step(self, states: list, batches: Sequence, hp: Sequence, active: Sequence[bool]):
+        """One update of every active cell; the others stay as they are.
+
+        Args:
+          states, hp: gathered. batches: one a cell, None for a cell that is not active.
+          active: which cells step.
+
+        Returns:
+          (states, metrics), metrics as ``metrics_of`` takes them.
+        """
+        metrics: list = [None] * len(states)
+        for j in range(len(states)):
+            if active[j]:
+                states[j], metrics[j] = self.one_step(states[j], batches[j], hp[j])
+        return states, metrics
+
+    def lane(self, states: list, j: int):
+        """The state of cell j."""
+        return states[j]
+
+    def metrics_of(self, metrics: list, j: int) -> dict:
+        """The numbers of cell j."""
+        return metrics[j]
+
+
+class Vmapped:
+    """One program over all cells: every array has a leading axis of cells. Same methods as ``Turns``."""
+
+    def __init__(self, static: Static, remat: str):
+        _, self.evaluate = compiled(static, remat)
+        self.all_steps, self.one_of = vmapped(static, remat)
+        self.filler: dict | None = None
+
+    def gather(self, trees: Sequence):
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+    def step(self, states, batches: Sequence, hp, active: Sequence[bool]):
+        there = next(b for b in batches if b is not None)
+        if self.filler is None:  # rows that count: an all-zero mask has no mean loss
+            self.filler = {k: np.zeros_like(v) for k, v in there.items()}
+            self.filler["loss_mask"] = np.ones_like(there["loss_mask"])
+        rows = [self.filler if b is None else b for b in batches]
+        stacked = {k: np.stack([row[k] for row in rows]) for k in there}
+        return self.all_steps(states, stacked, hp, np.array(active))
+
+    def lane(self, states, j: int):
+        return self.one_of(states, j)
+
+    def metrics_of(self, metrics, j: int) -> dict:
+        return {k: np.asarray(v)[j] for k, v in metrics.items()}
+
+
+@functools.lru_cache(maxsize=8)
+def vmapped(static: Static, remat: str):
+    """The jitted step over a leading axis of cells (it donates the states), and a jitted pick of one."""
+    one_step = step_function(static, remat)
+
+    def all_steps(states, batches, hp, active):
+        stepped, metrics = jax.vmap(one_step)(states, batches, hp)
+
+        def keep(new, old):
+            return jnp.where(active.reshape((-1,) + (1,) * (new.ndim - 1)), new, old)
+
+        return jax.tree.map(keep, stepped, states), metrics
+
+    return jax.jit(all_steps, donate_argnums=0), jax.jit(lambda t, j: jax.tree.map(lambda x: x[j], t))
+
+
+def program_for(static: Static, remat: str, cells: int, together: str | None) -> Turns | Vmapped:
+    """How so many cells of one shape run on this device.
+
+    Raises:
+      ConfigError: ``together`` is neither None nor 'turns' nor 'vmap'.
+    """
+    if together not in (None, "turns", "vmap"):
+        raise ConfigError(f"together is {together!r}; it must be None, 'turns' or 'vmap'")
+    if together is None:
+        together = "turns" if jax.default_backend() == "cpu" else "vmap"
+    return Vmapped(static, remat) if cells > 1 and together == "vmap" else Turns(static, remat)
