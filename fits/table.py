@@ -26,6 +26,10 @@ SMALLEST_PARAMS = 100.0
 FLOPS_RATIO = (1e-3, 1e3)  # flops over 6 params tokens; sparse models and attention stay well inside
 BUDGET_WIDTH = 0.10  # steps and shapes are rounded, so runs of one budget differ by a few per cent
 FINISHED = ("finished", "completed", "complete", "done", "success", "succeeded")  # as other tools say it
+NOT_FOR_A_FIT = {
+    "trunk": "a trunk: its learning rate has not decayed",
+    "sentinel": "a sentinel: off the recipe on purpose",
+}
 SAME_VALUE = 0.005  # two sizes (or budgets) closer than half a per cent count as one
 
 
@@ -235,6 +239,9 @@ def _exclusions(source, columns, numbers, raw, needs, exclude, n, wanted) -> lis
     if status in source:
         bad = np.array([str(s).strip().lower() not in FINISHED for s in source[status]])
         put(bad, lambda i: f"status is {source[status][i]}, not finished")
+    for role, words in NOT_FOR_A_FIT.items():
+        if "role" in source:
+            put(np.array([str(r).strip() == role for r in source["role"]]), words)
     if "final" in source:  # a run table's other rows are evaluations on the way, before the rate decayed
         put(
             np.array([str(f).lower() in ("false", "0", "0.0") for f in source["final"]]),

@@ -140,8 +140,34 @@ def plan(config, study, overrides, grow, dry_run, no_estimate, as_json):
     flag_value="offline",
     help="Mirror to Weights & Biases; without a value: offline.",
 )
+@click.option(
+    "--pack",
+    type=click.Choice(["auto", "off", "turns", "vmap"]),
+    default="auto",
+    show_default=True,
+    help="Cells of one shape side by side: auto where one leaves the device idle (never on CPU).",
+)
+@click.option(
+    "--watchdog-seconds",
+    type=click.FloatRange(min=0),
+    default=1800.0,
+    show_default=True,
+    help="End a worker whose steps no longer end; 0: never.",
+)
 @json_option
-def run(study, cells, workers, cores_per_worker, checkpoint_seconds, checkpoint_steps, remat, wandb, as_json):
+def run(
+    study,
+    cells,
+    workers,
+    cores_per_worker,
+    checkpoint_seconds,
+    checkpoint_steps,
+    remat,
+    wandb,
+    pack,
+    watchdog_seconds,
+    as_json,
+):
     """Train every cell of STUDY that is not finished; run it again after any interruption.
 
     A killed run goes on from its checkpoints to the same numbers. Several `scaling run` on one
@@ -159,11 +185,14 @@ def run(study, cells, workers, cores_per_worker, checkpoint_seconds, checkpoint_
             raise StudyError(f"--cell {cell!r} is not a cell of {study}; `scaling status {study}` lists them")
     todo = [r for r in progress(study) if r["status"] not in ("finished", "diverged")]
     todo = [r for r in todo if not cells or r["cell"] in cells]
+    if wandb != "off" and pack in ("turns", "vmap"):
+        raise StudyError(f"--pack is {pack!r} with --wandb; wandb mirrors one cell at a time: use --pack off")
     if not todo:
         message = f"nothing to do: all {len(cells or known)} cells of {study} have a result"
         emit(as_json, {"outcome": "nothing to do"}, lambda: console.print(message))
         return 0
     options = ["--checkpoint-seconds", str(checkpoint_seconds), "--remat", remat, "--wandb", wandb]
+    options += ["--pack", pack, "--watchdog-seconds", str(watchdog_seconds)]
     options += ["--checkpoint-steps", str(checkpoint_steps)] if checkpoint_steps else []
     options += [x for c in cells for x in ("--cell", c)]
     count = workers or local.default_workers(len(todo), cores_per_worker)

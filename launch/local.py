@@ -6,6 +6,7 @@ the lock dies with its process, so a killed worker leaves nothing behind but its
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -16,6 +17,9 @@ import time
 import traceback
 from pathlib import Path
 
+from launch import packs
+from scaling.branches import spent_flops
+from scaling.chips import peak_flops
 from scaling.config import ConfigError
 from scaling.files import CellFolder, StorageError, StudyError, claim, explain_os_error, read_json, write_json
 from scaling.records import RESULTS, check_cells, progress, read_manifest
@@ -25,57 +29,122 @@ MAX_FAILURES = 2
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def run_cell(study: Path, entry: dict, execution, on_metrics=None) -> str:
-    """Trains one cell if it is free and unfinished.
+def job_of(study: Path, entry: dict):
+    """A manifest's entry as a ``scaling.lane.Job``."""
+    from scaling.lane import Job
+
+    return Job(
+        entry["config"],
+        CellFolder(study, entry["id"]),
+        CellFolder(study, entry["trunk"]) if entry.get("trunk") else None,
+        entry.get("fork", 0),
+        tuple(entry.get("forks", ())),
+    )
+
+
+def run_cells(study: Path, entries: list[dict], execution, on_metrics=None) -> list[str]:
+    """Trains the cells that are free, as one pack.
 
     Returns:
-      ``busy``, or the status in its result.
+      The ids of the cells that were trained (or found finished); those of others are busy elsewhere.
     """
-    from scaling.train import train
+    from scaling.train import train_pack
 
-    folder = CellFolder(study, entry["id"])
-    with claim(folder.lock) as free:
-        if not free:
-            return "busy"
-        if not folder.result.exists():
-            with open(folder.starts, "a") as starts:
-                starts.write(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} pid {os.getpid()}\n")
-        return train(entry["config"], folder, execution, on_metrics)["status"]
+    with contextlib.ExitStack() as locks:
+        mine = [entry for entry in entries if locks.enter_context(claim(CellFolder(study, entry["id"]).lock))]
+        for entry in mine:
+            folder = CellFolder(study, entry["id"])
+            if not folder.result.exists():
+                with open(folder.starts, "a") as starts:
+                    starts.write(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} pid {os.getpid()}\n")
+        if mine:
+            train_pack([job_of(study, e) for e in mine], execution, on_metrics)
+    return [entry["id"] for entry in mine]
 
 
-def work(study: Path, execution, only: list[str] | None = None) -> None:
+def work(study: Path, execution, only: list[str] | None = None, pack: str = "auto") -> None:
     """The life of one worker: walks the list until every cell is done or has failed.
+
+    Args:
+      study: the study folder. execution: how to run. only: the cells to train (and their trunks).
+      pack: ``auto``, ``off``, ``turns`` or ``vmap``, see ``launch.packs``.
 
     Raises:
       StorageError: the study cannot be written; no cell could go on.
     """
-    entries = sorted(read_manifest(study)["cells"], key=lambda e: -e["achieved"]["flops"])
-    waiting = [e for e in entries if only is None or e["id"] in only]
-    while waiting:
-        still = [e for e in waiting if try_cell(study, e, execution) == "busy"]
-        if len(still) == len(waiting):
+    entries = read_manifest(study)["cells"]
+    wanted = with_their_trunks(entries, only)
+    # a trunk first, its branches wait for it; then the most expensive
+    order = sorted(wanted, key=lambda e: (e["role"] != "trunk", -spent_flops(e)))
+    size_of = pack_size(pack)
+    while waiting := [e for e in order if not is_over(study, e)]:
+        busy: set[str] = set()
+        while ready := [e for e in waiting if e["id"] not in busy and is_ready(study, e)]:
+            group = packs.form_pack(ready, size_of)
+            if any(failures(CellFolder(study, e["id"])) for e in group):
+                group = group[:1]  # one that failed in company tries again alone
+            done = try_cells(study, group, execution)
+            busy |= {e["id"] for e in group} - set(done)
+            waiting = [e for e in waiting if not is_over(study, e)]
+        if waiting:
             time.sleep(0.5)  # others have them; stay until they are done, to take over what they drop
-        waiting = still
 
 
-def try_cell(study: Path, entry: dict, execution) -> str:
-    """Trains a cell, with a second try after an unexpected error: ``busy``, ``done`` or ``failed``."""
+def with_their_trunks(entries: list[dict], only: list[str] | None) -> list[dict]:
+    """The entries named in ``only`` (all where None) and the trunks that they leave."""
+    if only is None:
+        return entries
+    needed = {*only, *(e["trunk"] for e in entries if e["id"] in only and e.get("trunk"))}
+    return [e for e in entries if e["id"] in needed]
+
+
+def is_over(study: Path, entry: dict) -> bool:
+    """Whether a cell has a result, or has failed as often as it may."""
     folder = CellFolder(study, entry["id"])
-    while failures(folder) < MAX_FAILURES:
-        if folder.result.exists():
-            return "done"
-        try:
-            return "busy" if run_cell(study, entry, execution) == "busy" else "done"
-        except StorageError:
-            raise
-        except (ConfigError, StudyError) as error:  # the same again would end the same
-            note_failure(folder, str(error), MAX_FAILURES)
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
-                raise StorageError(explain_os_error(error, error.filename or folder.path)) from error
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            note_failure(folder, reason, failures(folder) + 1)
-    return "failed"
+    return folder.result.exists() or failures(folder) >= MAX_FAILURES
+
+
+def is_ready(study: Path, entry: dict) -> bool:
+    """Whether a cell need not wait for a trunk: it has none, or its fork is saved, or no more will come."""
+    if not entry.get("trunk"):
+        return True
+    trunk = CellFolder(study, entry["trunk"])
+    own = CellFolder(study, entry["id"]).checkpoints
+    there = (trunk.checkpoints / str(entry["fork"])).exists() or (own.exists() and any(own.iterdir()))
+    return there or trunk.result.exists() or failures(trunk) >= MAX_FAILURES
+
+
+def pack_size(how: str):
+    """config to the most cells that this device should train together."""
+    import jax
+
+    device = jax.devices()[0]
+    memory = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+    peak = peak_flops(device.device_kind)
+    return lambda config: packs.cells_that_fit(config, how, device.platform == "cpu", peak, memory)
+
+
+def try_cells(study: Path, entries: list[dict], execution) -> list[str]:
+    """Trains cells together; an unexpected error is noted at each that has no result.
+
+    Returns:
+      The ids that need no further look in this round: trained, or failed.
+    """
+    try:
+        return run_cells(study, entries, execution)
+    except StorageError:
+        raise
+    except (ConfigError, StudyError) as error:  # the same again would end the same
+        reason, more = str(error), MAX_FAILURES if len(entries) == 1 else 1
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
+            raise StorageError(explain_os_error(error, error.filename or study)) from error
+        reason, more = f"{type(error).__name__}: {error}".splitlines()[0], 1
+    for entry in entries:
+        folder = CellFolder(study, entry["id"])
+        if not folder.result.exists():
+            note_failure(folder, reason, failures(folder) + more)
+    return [entry["id"] for entry in entries]
 
 
 def failures(folder: CellFolder) -> int:

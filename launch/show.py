@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from scaling.branches import saving, spent_flops
 from scaling.records import RESULTS, progress
 
 STATUS_STYLE = {"finished": "green", "running": "cyan", "diverged": "yellow", "failed": "red"}
@@ -68,9 +69,24 @@ def plan_rows(manifest: dict, estimate: dict | None) -> list[dict[str, str]]:
                 "LR": f"{config['optim']['lr']:.3g}",
                 "memory": f"{guess['bytes'] / 2**20:.0f} MB" if guess["bytes"] else "-",
                 "time": duration(guess["seconds"]),
+                "role": role_words(cell),
             }
         )
+    if all(r["role"] == "" for r in rows):
+        for r in rows:
+            del r["role"]
     return rows
+
+
+def role_words(cell: dict) -> str:
+    """What a manifest's entry is besides a cell of its own."""
+    role = cell.get("role", "cell")
+    if role == "branch":
+        return f"from {cell['trunk'][:8]} at {cell['fork']}"
+    if role == "sentinel":
+        about = cell["sentinel"]
+        return f"{about['of'][:8]} at {about['multiple']:g} x {about['field']}"
+    return "" if role == "cell" else role
 
 
 def plan_table(title: str, rows: list[dict[str, str]], left_out: set[str]) -> Table:
@@ -78,9 +94,10 @@ def plan_table(title: str, rows: list[dict[str, str]], left_out: set[str]) -> Ta
     table = Table(title=title, header_style="bold", padding=(0, 1))
     columns = [c for c in rows[0] if c not in left_out]
     for column in columns:
-        table.add_column(column, justify="left" if column == "cell" else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column in ("cell", "role") else "right", no_wrap=True)
     for before, row in zip([None, *rows], rows, strict=False):
-        if before is not None and before["C target"] != row["C target"]:
+        new = before is not None and before["C target"] != row["C target"]
+        if new or (before is not None and row.get("role") == "trunk"):
             table.add_section()
         table.add_row(*[row[c] for c in columns])
     return table
@@ -103,17 +120,25 @@ def plan(console: Console, manifest: dict, estimate: dict | None, study: Path, o
         at = f"C {target['flops']:.3g}" if target["flops"] else f"D {target['tokens']:.3g}"
         console.print(f"[yellow]dropped[/] N {target['params']:.3g}, {at}: {escape(dropped['reason'])}")
     data = manifest["data"]
-    total = sum(c["achieved"]["flops"] for c in manifest["cells"])
+    total = sum(map(spent_flops, manifest["cells"]))
     console.print(
         f"data: {si(data['unique_tokens'])} training tokens, {si(data['heldout_tokens'])} held out, "
         f"vocabulary {data['vocab']}, fingerprint {data['fingerprint'][:12]}"
     )
     console.print(f"total: {total:.4g} FLOPs (exact: causal attention, forward and backward)")
+    saved = saving(manifest["cells"])
+    if saved is not None:
+        trunks = sum(c["role"] == "trunk" for c in manifest["cells"])
+        console.print(
+            f"trunk and branch: {trunks} trunks in place of a run a cell save {1 - 1 / saved['ratio']:.0%} "
+            f"({saved['alone']:.4g} FLOPs, {saved['ratio']:.2f} times as many, for each cell alone)"
+        )
     if estimate:
         console.print(
             f"estimated on this device ({estimate['device']}): {duration(estimate['total_seconds'])} with "
             f"{estimate['workers']} workers (an estimate: {estimate['how']})"
         )
+        console.print(estimate["packing"])
     words = {
         "new": f"written to {study}; next: scaling run {study}",
         "same": f"{study} holds this very plan already; next: scaling run {study}",
@@ -195,7 +220,7 @@ class _Reporter:
         self.last = time.monotonic()
         rows = progress(self.study)
         total = sum(r["flops"] for r in rows) - self.done_before
-        done = sum(r["flops"] * r["step"] / r["steps"] for r in rows) - self.done_before
+        done = sum(r["flops"] * share_done(r) for r in rows) - self.done_before
         ended = len([r for r in rows if r["status"] in RESULTS])
         if "study" not in self.tasks:
             self.tasks["study"] = self.bars.add_task("study", total=total, note="")
@@ -204,12 +229,19 @@ class _Reporter:
             name = row["cell"]
             running = row["status"] == "running"
             if running and name not in self.tasks:
-                self.tasks[name] = self.bars.add_task(name[:8], total=row["steps"], note="")
+                self.tasks[name] = self.bars.add_task(name[:8], total=row["steps"] - row["first"], note="")
             if name in self.tasks:
                 note = f"loss {row['loss']:.3f}" if row["loss"] is not None else ""
-                self.bars.update(self.tasks[name], completed=row["step"], note=note, visible=running)
+                self.bars.update(
+                    self.tasks[name], completed=row["step"] - row["first"], note=note, visible=running
+                )
         for row in self.ended(rows):
             self.bars.console.print(cell_line(row), markup=False)
+
+
+def share_done(row: dict) -> float:
+    """How much of its own steps a cell has done."""
+    return max(0, row["step"] - row["first"]) / max(1, row["steps"] - row["first"])
 
 
 def cell_line(row: dict) -> str:
@@ -297,7 +329,12 @@ def run_summary(console: Console, study: Path) -> None:
 
 def estimate(manifest: dict) -> dict:
     """Time and memory of every cell on this device."""
-    from launch.local import default_workers
+    from launch.local import default_workers, pack_size
+    from launch.packs import describe
     from scaling.estimate import estimate_cells
 
-    return estimate_cells(manifest["cells"], default_workers(len(manifest["cells"])))
+    cells = manifest["cells"]
+    return {
+        **estimate_cells(cells, default_workers(len(cells))),
+        "packing": describe(cells, pack_size("auto")),
+    }

@@ -28,6 +28,8 @@ def main() -> int:
     parser.add_argument("--remat", default="none")
     parser.add_argument("--cell", action="append", help="only this cell (may be given again)")
     parser.add_argument("--wandb", default="off")
+    parser.add_argument("--pack", default="auto", help="auto, off, turns or vmap")
+    parser.add_argument("--watchdog-seconds", type=float, default=1800.0)
     parser.add_argument("--cores", type=int, help="bind to so many CPU cores")
     parser.add_argument("--parent", type=int, help="end when this process is gone")
     args = parser.parse_args()
@@ -41,9 +43,16 @@ def main() -> int:
     from scaling.train import Execution
 
     configure_jax()
-    execution = Execution(args.remat, args.checkpoint_seconds, args.checkpoint_steps, wandb=args.wandb)
+    execution = Execution(
+        args.remat,
+        args.checkpoint_seconds,
+        args.checkpoint_steps,
+        wandb=args.wandb,
+        together=args.pack if args.pack in ("turns", "vmap") else None,
+        watchdog_seconds=args.watchdog_seconds,
+    )
     try:
-        work(args.study, execution, args.cell)
+        work(args.study, execution, args.cell, "off" if args.wandb != "off" else args.pack)
     except (ConfigError, StudyError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from scaling.branches import spent_flops
 from scaling.flops import memory_bytes
 
 STEP_OVER_MATMUL = 4.0
@@ -46,7 +47,7 @@ def estimate_cells(cells: Sequence[dict], workers: int = 1) -> dict:
             rate = matmul_rate(
                 model["d_model"], model["ffn_dim"], min(batch * seq, MOST_ROWS), model["dtype"]
             )
-            seconds = cell["achieved"]["flops"] / rate * STEP_OVER_MATMUL + COMPILE_SECONDS
+            seconds = spent_flops(cell) / rate * STEP_OVER_MATMUL + COMPILE_SECONDS
             out.append({"seconds": seconds, "bytes": int(memory_bytes(model, batch, seq).total)})
     longest = max(c["seconds"] for c in out)
     return {

@@ -5,15 +5,18 @@ Nothing is trained here. The same config on the same data gives the same ids, in
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+from scaling.branches import reference_tokens, with_trunks
 from scaling.config import SCHEMA, ConfigError, canonical_json, cell_id, validate_cell, validate_section
 from scaling.files import StudyError, read_json, write_json
 from scaling.flops import CONVENTIONS, ledger
-from scaling.recipe import Recipe, batch_sequences, hparams, recipe_from_config, shape
+from scaling.recipe import Recipe, batch_sequences, hparams, recipe_from_config, round4, shape
+from scaling.sentinels import sentinel_entries
 
 MANIFEST_SCHEMA = 1
 
@@ -27,6 +30,10 @@ class Target:
     flops: float | None = None
     seed: int = 0
     overrides: tuple = ()
+
+    def group(self) -> tuple:
+        """Targets that are equal here share a trunk."""
+        return self.params, self.seed, self.overrides
 
     def describe(self) -> dict:
         return {"params": self.params, "tokens": self.tokens, "flops": self.flops, "seed": self.seed}
@@ -77,9 +84,11 @@ def plan(study: Mapping, data: Mapping) -> dict:
     check_data(study, data)
     study = absolute_path(study)
     cells, dropped, seen = [], [], {}
-    for target in targets(study):
+    wanted = targets(study)
+    groups = trunk_groups(study, recipe, wanted, data) if study["grid"]["trunks"] else {}
+    for target in wanted:
         try:
-            cell = resolve(study, recipe, target, data)
+            cell = resolve(study, recipe, target, data, groups.get(target.group()))
             reason = why_drop(study["grid"], target, cell, data, study["flops_convention"])
         except ConfigError as error:
             cell, reason = None, str(error)
@@ -95,6 +104,20 @@ def plan(study: Mapping, data: Mapping) -> dict:
     if not cells:
         reasons = "; ".join(sorted({d["reason"] for d in dropped})[:3])
         raise ConfigError(f"grid leaves no cell to train: all {len(dropped)} were dropped ({reasons})")
+    brackets = []
+    if study["grid"]["sentinels"] is not None:
+
+        def make(base: dict, field: str, multiple: float) -> dict | None:
+            cell = sentinel_cell(recipe, base["config"], field, multiple)
+            if cell is None or cell_id(cell) in seen:
+                return None
+            seen[cell_id(cell)] = base["target"]["params"]
+            return entry(cell_id(cell), cell, base["target"])
+
+        brackets = sentinel_entries(study["grid"]["sentinels"], cells, make)
+    if study["grid"]["trunks"]:
+        cells = with_trunks(cells, entry)
+    cells = cells + brackets
     return {
         "schema": MANIFEST_SCHEMA,
         "study": study["name"],
@@ -137,8 +160,8 @@ def check_data(study: Mapping, data: Mapping) -> None:
         )
 
 
-def resolve(study: Mapping, recipe: Recipe, target: Target, data: Mapping) -> dict:
-    """One target as a whole, validated cell config."""
+def sized(study: Mapping, recipe: Recipe, target: Target, data: Mapping) -> tuple[dict, int, float]:
+    """A target's model section, its N and its D."""
     seq = study["data"].get("seq", 128)
     base = {"vocab": data["vocab"], **study["model"]}
     model = shape(recipe, base, target.params, seq)
@@ -146,9 +169,31 @@ def resolve(study: Mapping, recipe: Recipe, target: Target, data: Mapping) -> di
     tokens = target.tokens
     if tokens is None:
         tokens = target.flops / account.train_flops_per_token(study["flops_convention"])
-    batch = batch_sequences(recipe, tokens, seq)
+    return model, account.params_total, tokens
+
+
+def trunk_groups(study: Mapping, recipe: Recipe, wanted: list[Target], data: Mapping) -> dict[tuple, list]:
+    """Every D of each trunk, by ``Target.group``."""
+    groups: dict[tuple, list[float]] = {}
+    for target in wanted:
+        with contextlib.suppress(ConfigError):  # said where the target itself is resolved
+            groups.setdefault(target.group(), []).append(sized(study, recipe, target, data)[2])
+    return groups
+
+
+def resolve(
+    study: Mapping, recipe: Recipe, target: Target, data: Mapping, trunk: list[float] | None = None
+) -> dict:
+    """One target as a whole, validated cell config; ``trunk``: every D of the trunk that it shares."""
+    seq = study["data"].get("seq", 128)
+    model, params, tokens = sized(study, recipe, target, data)
+    shared = trunk is not None and len(trunk) > 1
+    reference = reference_tokens(study["grid"], trunk) if shared else tokens
+    batch = batch_sequences(recipe, reference, seq)
     steps = max(1, round(tokens / (batch * seq)))
-    hp = hparams(recipe, account.params_total, steps * batch * seq, batch * seq)
+    hp = hparams(recipe, params, reference if shared else steps * batch * seq, batch * seq)
+    if shared:  # the shortest branch must have warmed up too
+        hp["warmup_steps"] = hparams(recipe, params, min(trunk), batch * seq)["warmup_steps"]
     cell = {
         "model": model,
         "data": {**study["data"], "seq": seq, "fingerprint": data["fingerprint"]},
@@ -163,6 +208,27 @@ def resolve(study: Mapping, recipe: Recipe, target: Target, data: Mapping) -> di
             raise ConfigError(f"grid.cells set has {name!r}; it must look like 'optim.lr'")
         cell[section][key] = value
     return validate_cell(cell)
+
+
+def sentinel_cell(recipe: Recipe, base: Mapping, field: str, multiple: float) -> dict | None:
+    """A cell again at a multiple of its learning rate or batch (same D); None where it cannot be built."""
+    cell = copy.deepcopy(dict(base))
+    if field == "lr":
+        cell["optim"]["lr"] = round4(base["optim"]["lr"] * multiple)
+        return validate_cell(cell)
+    seq, batch = base["data"]["seq"], round(base["train"]["batch"] * multiple)
+    tokens = base["train"]["steps"] * base["train"]["batch"] * seq
+    if batch < 1:
+        return None
+    steps = round(tokens / (batch * seq))
+    hp = hparams(recipe, ledger(base["model"], seq).params_total, tokens, batch * seq)
+    cell["train"] |= {"batch": batch, "steps": steps}
+    cell["optim"] |= {k: hp[k] for k in ("lr", "beta2", "weight_decay")}
+    cell["schedule"]["warmup_steps"] = hp["warmup_steps"]
+    try:
+        return validate_cell(cell)
+    except ConfigError:  # too few steps for its warm-up
+        return None
 
 
 def why_drop(grid: Mapping, target: Target, cell: Mapping, data: Mapping, convention: str) -> str | None:
@@ -206,9 +272,10 @@ def achieved(cell: Mapping) -> dict:
     }
 
 
-def entry(name: str, cell: Mapping, target: Target) -> dict:
+def entry(name: str, cell: Mapping, target: Target | Mapping) -> dict:
     """One cell of the manifest."""
-    return {"id": name, "target": target.describe(), "achieved": achieved(cell), "config": cell}
+    target = target.describe() if isinstance(target, Target) else dict(target)
+    return {"id": name, "role": "cell", "target": target, "achieved": achieved(cell), "config": cell}
 
 
 def write_manifest(study: Path | str, manifest: dict, grow: bool = False) -> str:

@@ -286,7 +286,7 @@ class Lane:
 
 
 def eval_steps(cell: Mapping, fork: int = 0) -> set[int]:
-    """After how many updates a cell is evaluated: evenly spaced, the last at its end, none before the fork."""
+    """After how many updates a cell is evaluated: evenly spaced to its end, none before the fork."""
     steps, points = cell["train"]["steps"], cell["eval"]["points"]
     return {s for s in (round(steps * (i + 1) / points) for i in range(points)) if s > fork}
 

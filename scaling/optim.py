@@ -26,7 +26,7 @@ def hyper_parameters(cell: Mapping) -> dict:
         "grad_clip": float("inf") if optim["grad_clip"] is None else optim["grad_clip"],
         "steps": train["steps"],
         "warmup": schedule["warmup_steps"],
-        "decay_fraction": schedule["decay_fraction"],
+        "decay_fraction": 0.0 if schedule["name"] == "constant" else schedule["decay_fraction"],
         "final_fraction": schedule["final_fraction"],
         "z_loss": train["z_loss"],
     }

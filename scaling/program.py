@@ -31,7 +31,10 @@ class Static:
     @classmethod
     def of(cls, cell: Mapping) -> Static:
         """The static part of a validated cell config."""
-        return cls(tuple(sorted(cell["model"].items())), cell["optim"]["name"], cell["schedule"]["name"])
+        schedule = cell["schedule"]["name"]
+        if schedule == "constant":  # a WSD without a decay, so that a trunk and its branches share a program
+            schedule = "wsd"
+        return cls(tuple(sorted(cell["model"].items())), cell["optim"]["name"], schedule)
 
     def build(self, seed: int, remat: str = "none"):
         """The model as ``scaling.models.lm.build`` gives it: (apply, params)."""

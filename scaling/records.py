@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from scaling.branches import spent_flops
+from scaling.chips import peak_flops
 from scaling.config import cell_id, validate_cell
 from scaling.files import CellFolder, StudyError, is_claimed, read_json, read_jsonl, write_whole
 from scaling.flops import ledger
@@ -25,6 +27,8 @@ COLUMNS = {
     "run": "number of the last attempt at the cell; 0 before the first",
     "family": "model family",
     "seed": "training seed (initialisation and data order)",
+    "role": "cell, trunk (constant rate: not for a fit), branch (a cooldown that left a trunk) or sentinel "
+    "(off the recipe on purpose: not for a fit)",
     "status": "one of " + ", ".join(STATUSES),
     "reason": "why a run did not finish",
     "final": "True on the row of the cell's last evaluation, at its own D",
@@ -38,6 +42,7 @@ COLUMNS = {
     "unique_tokens": "different training tokens seen",
     "epochs": "passes over the training data",
     "flops": "training FLOPs up to here, exact ledger (causal half)",
+    "flops_spent": "of the exact ledger's FLOPs, those that this cell itself cost: of a branch, its cooldown",
     "flops_full": "training FLOPs, attention counted as a full square",
     "flops_6N_total": "6 N_total D",
     "flops_6N_nonembedding": "6 N_nonembedding D",
@@ -52,9 +57,13 @@ COLUMNS = {
     "device_seconds": "wall time times devices",
     "device_kind": "as JAX names it",
     "devices": "number of devices",
-    "mfu": "exact FLOPs over the device's peak, where the peak is known",
+    "tokens_per_second": "training tokens over device_seconds",
+    "mfu": "exact FLOPs per device-second over the device's peak, where the peak is known",
     "peak_bytes": "peak device memory, where the device tells",
+    "spikes": "times the training loss jumped from its own course",
+    "skipped_steps": "updates that the guard against spikes left out",
     "trunk": "cell whose checkpoint this one started from, if any",
+    "sentinel_of": "cell whose learning rate or batch this one brackets, if any",
 }
 CONVENTIONS = {
     "flops": "exact",
@@ -108,6 +117,9 @@ def cell_rows(manifest: Mapping, entry: Mapping, folder: CellFolder) -> list[dic
         "run": len(folder.starts.read_text().splitlines()) if folder.starts.exists() else 0,
         "family": config["model"]["family"],
         "seed": config["train"]["seed"],
+        "role": entry.get("role", "cell"),
+        "trunk": entry.get("trunk"),
+        "sentinel_of": entry.get("sentinel", {}).get("of"),
         "budget": entry["target"].get("flops"),
         "params": account.params_total,
         "params_total": account.params_total,
@@ -134,7 +146,10 @@ def cell_rows(manifest: Mapping, entry: Mapping, folder: CellFolder) -> list[dic
         "devices": result["devices"],
         "wall_seconds": timing.get("wall_seconds"),
         "device_seconds": timing.get("device_seconds"),
-        "mfu": timing.get("mfu"),
+        "tokens_per_second": timing.get("tokens_per_second"),
+        "mfu": mfu(timing.get("flops_per_second"), result["device_kind"]),
+        "spikes": result.get("spikes"),
+        "skipped_steps": result.get("skipped_steps"),
         "peak_bytes": timing.get("peak_bytes"),
     }
     if result["status"] != "finished":
@@ -156,7 +171,15 @@ def cell_rows(manifest: Mapping, entry: Mapping, folder: CellFolder) -> list[dic
                 **{c: account.train_flops(tokens, name) for c, name in CONVENTIONS.items()},
             }
         )
+        own = tokens - entry.get("fork", 0) * config["train"]["batch"] * config["data"]["seq"]
+        rows[-1]["flops_spent"] = account.train_flops(max(0, own), "exact")
     return rows
+
+
+def mfu(flops_per_second: float | None, device_kind: str) -> float | None:
+    """Model FLOPs utilisation: FLOPs per device-second by the exact ledger over the device's peak."""
+    peak = peak_flops(device_kind)
+    return None if peak is None or flops_per_second is None else flops_per_second / peak
 
 
 def unfinished(folder: CellFolder) -> tuple[str, str]:
@@ -195,12 +218,16 @@ def curves(study: Path | str) -> dict[str, pd.DataFrame]:
 
 
 def progress(study: Path | str) -> list[dict]:
-    """Where every cell stands, from the folder alone: id, status, step, steps, loss, seconds."""
+    """Where every cell stands, from the folder alone: id, role, status, step, steps, loss, seconds.
+
+    A branch begins at its step ``first``; ``flops`` are those that the cell itself costs.
+    """
     out = []
     for entry in read_manifest(study)["cells"]:
         folder = CellFolder(study, entry["id"])
         row = {"cell": entry["id"], "step": 0, "steps": entry["config"]["train"]["steps"], "loss": None}
-        row |= {"status": "planned", "seconds": None, "reason": None, "flops": entry["achieved"]["flops"]}
+        row |= {"role": entry.get("role", "cell"), "first": entry.get("fork", 0)}
+        row |= {"status": "planned", "seconds": None, "reason": None, "flops": spent_flops(entry)}
         if folder.result.exists():
             result = read_result(folder)
             timing = read_json(folder.timing) if folder.timing.exists() else {}

@@ -14,6 +14,7 @@ from pathlib import Path
 from scaling.config import SCHEMA, ConfigError, check_field, check_keys, to_plain
 from scaling.flops import CONVENTIONS
 from scaling.recipe import recipe_from_config
+from scaling.sentinels import validate_sentinels
 
 # Fields of a cell that the recipe decides; a study config may not set them, a listed cell may.
 FROM_RECIPE = {
@@ -35,6 +36,18 @@ GRID_KEYS = {
     "min_steps": "drop a cell of fewer updates (50)",
     "tokens_per_param": "drop a cell outside [low, high] D/N (no bounds)",
     "max_epochs": "drop a cell that passes over its data more often (1)",
+    "trunks": "True: one constant-LR trunk a size and seed, every cell a cooldown that leaves it (False)",
+    "trunk_tokens": "D that a trunk's hyper-parameters are taken for (the geometric mean of its D)",
+    "sentinels": "brackets: {lr: multiples, batch: multiples, cells: 'cheapest', 'sizes' or 'all'} (none)",
+}
+GRID_DEFAULTS = {
+    "tolerance": 0.01,
+    "min_steps": 50,
+    "max_epochs": 1.0,
+    "tokens_per_param": None,
+    "trunks": False,
+    "trunk_tokens": None,
+    "sentinels": None,
 }
 STUDY_KEYS = ("name", "grid", "recipe", "flops_convention", "seeds", *SCHEMA)
 
@@ -132,6 +145,12 @@ def validate_study(config: Mapping) -> dict:
             "recipe is missing; it must hold the reference cell: params, tokens, lr, batch_tokens"
         )
     recipe_from_config(config["recipe"])
+    schedule = config["schedule"].get("name", SCHEMA["schedule"]["name"].default)
+    if config["grid"]["trunks"] and schedule != "wsd":
+        raise ConfigError(
+            f"grid.trunks is True with schedule.name = {schedule!r}; only 'wsd' cells share a trunk: any "
+            "other schedule depends on its own D from the first step on"
+        )
     return config
 
 
@@ -160,7 +179,7 @@ def validate_grid(grid) -> dict:
     if not isinstance(grid, Mapping):
         raise ConfigError(f"grid is {grid!r}; it must be a mapping with keys {', '.join(GRID_KEYS)}")
     check_keys("grid", grid, GRID_KEYS)
-    grid = {"tolerance": 0.01, "min_steps": 50, "max_epochs": 1.0, "tokens_per_param": None, **grid}
+    grid = {**GRID_DEFAULTS, **grid}
     needs = {"isoflop": ("budgets", "params"), "product": ("params", "tokens"), "list": ("cells",)}
     if not isinstance(grid.get("kind"), str) or grid["kind"] not in needs:
         raise ConfigError(f"grid.kind is {grid.get('kind')!r}; it must be {GRID_KEYS['kind']}")
@@ -193,6 +212,15 @@ def validate_grid(grid) -> dict:
             raise ConfigError(f"grid.tokens_per_param is {bounds!r}; low must be below high")
     for i, cell in enumerate(grid.get("cells", [])):
         _check_listed(i, cell)
+    if not isinstance(grid["trunks"], bool):
+        raise ConfigError(f"grid.trunks is {grid['trunks']!r}; it must be True or False")
+    if grid["trunk_tokens"] is not None:
+        _check_numbers("grid.trunk_tokens", [grid["trunk_tokens"]])
+        if not grid["trunks"]:
+            raise ConfigError(
+                f"grid.trunk_tokens is {grid['trunk_tokens']!r} without grid.trunks; set grid.trunks = True"
+            )
+    grid["sentinels"] = validate_sentinels(grid["sentinels"])
     return grid
 
 

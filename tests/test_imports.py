@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"flax", "optax", "orbax"}
-LIGHT = {"scaling.records", "scaling.flops"}
+LIGHT = {"scaling.records", "scaling.flops", "scaling.chips"}
 
 
 def imports_of(path):

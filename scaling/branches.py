@@ -1,0 +1,110 @@
+"""Trunk and branch: one constant-LR run a size, and the cooldowns that leave it at every D.
+
+A warm-up, stable, decay (WSD) cell of D tokens is, up to the start of its cooldown, the same run as
+every other WSD cell with its N, seed and hyper-parameters (Hu et al. 2024; Haegele et al. 2024). So a
+study trains that part once, the trunk, and each cell of it is a branch: it forks from the trunk's
+checkpoint (parameters, optimizer state, data position) and only its cooldown is its own. A branch is
+the very cell that trained alone would give the same numbers, bit for bit on CPU; no branch ever
+passes through another's cooldown. m values of D cost the largest one's stable part and m cooldowns, in
+place of the sum of all D.
+
+All cells of a trunk share one batch and one set of hyper-parameters, those of the recipe at
+``grid.trunk_tokens`` (by default the geometric mean of the trunk's D).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+
+from scaling.config import ConfigError, cell_id, validate_cell
+
+
+def reference_tokens(grid: Mapping, tokens: Sequence[float]) -> float:
+    """D that a trunk's batch and hyper-parameters are taken for."""
+    if grid["trunk_tokens"] is not None:
+        return float(grid["trunk_tokens"])
+    return math.exp(sum(map(math.log, tokens)) / len(tokens))
+
+
+def fork_step(cell: Mapping) -> int:
+    """Updates that a WSD cell does at the constant rate: where its cooldown may leave the trunk."""
+    steps = cell["train"]["steps"]
+    return max(0, math.floor(steps - max(1.0, cell["schedule"]["decay_fraction"] * steps)))
+
+
+def trunk_of(cells: Sequence[Mapping]) -> dict:
+    """The trunk of some WSD cells that differ in length alone: constant LR to the last fork.
+
+    Raises:
+      ConfigError: they differ in more, or a cooldown would begin before the warm-up has ended.
+    """
+    trunk = copy.deepcopy(dict(cells[0]))
+    for cell in cells:
+        same = copy.deepcopy(dict(cell))
+        same["train"]["steps"] = trunk["train"]["steps"]
+        if same != trunk:
+            raise ConfigError(
+                f"cell {cell_id(cell)} differs from {cell_id(cells[0])} in more than its steps; "
+                "cells of one trunk must not"
+            )
+        if fork_step(cell) <= cell["schedule"]["warmup_steps"]:
+            raise ConfigError(
+                f"schedule.decay_fraction is {cell['schedule']['decay_fraction']}: the cooldown of a cell of "
+                f"{cell['train']['steps']} steps would begin at step {fork_step(cell)}, within the warm-up "
+                f"of {cell['schedule']['warmup_steps']}; it must begin after it"
+            )
+    trunk["schedule"]["name"] = "constant"
+    trunk["train"]["steps"] = max(map(fork_step, cells))
+    trunk["eval"]["points"] = 1
+    return validate_cell(trunk)
+
+
+def with_trunks(entries: Sequence[dict], make_entry) -> list[dict]:
+    """The manifest's entries with their trunks added, each before the branches that leave it.
+
+    Entries that differ in their steps alone share a trunk; one without such a companion stays a cell.
+
+    Args:
+      entries: of the manifest, all cells of their own.
+      make_entry: (id, cell, target) to an entry.
+
+    Returns:
+      Entries with ``role`` trunk or branch; a trunk has ``forks``, a branch ``trunk`` and ``fork``.
+    """
+    groups: dict[str, list[dict]] = {}
+    for entry in entries:
+        cell = copy.deepcopy(entry["config"])
+        cell["train"]["steps"] = 1 + cell["schedule"]["warmup_steps"]
+        groups.setdefault(cell_id(cell), []).append(entry)
+    out = []
+    for group in groups.values():
+        if len(group) == 1:
+            out += group
+            continue
+        cell = trunk_of([e["config"] for e in group])
+        name, longest = cell_id(cell), max(group, key=lambda e: e["config"]["train"]["steps"])
+        forks = sorted({fork_step(e["config"]) for e in group})
+        target = {**longest["target"], "tokens": None, "flops": None}
+        out.append({**make_entry(name, cell, target), "role": "trunk", "forks": forks})
+        out += [{**e, "role": "branch", "trunk": name, "fork": fork_step(e["config"])} for e in group]
+    return out
+
+
+def spent_flops(entry: Mapping, convention: str = "exact") -> float:
+    """Training FLOPs that a manifest's entry costs: of a branch, those of its own steps alone."""
+    share = 1 - entry.get("fork", 0) / entry["config"]["train"]["steps"]
+    return entry["achieved"]["flops_by_convention"][convention] * share
+
+
+def saving(entries: Sequence[Mapping]) -> dict | None:
+    """What trunks save: FLOPs spent, FLOPs of the same cells each trained alone, their ratio; None without.
+
+    Both in the exact count; sentinels and cells without a trunk count on both sides.
+    """
+    if not any(e.get("role") == "trunk" for e in entries):
+        return None
+    spent = sum(map(spent_flops, entries))
+    alone = sum(e["achieved"]["flops"] for e in entries if e.get("role") != "trunk")
+    return {"spent": spent, "alone": alone, "ratio": alone / spent}
