@@ -4,7 +4,9 @@ One small study is trained twice: once undisturbed, once with SIGKILL sent to th
 group at random moments (checkpoints are saved every few steps, so that many kills fall into a
 save), then resumed to the end. Result, metrics and config files must be byte-identical.
 
-    python benchmarks/kill_resume.py [--kills 10] [--seed 0]
+The study has trunks, branches that leave them and sentinels; its cells train in packs.
+
+    python benchmarks/kill_resume.py [--kills 25] [--seed 0]
 """
 
 from __future__ import annotations
@@ -24,7 +26,14 @@ import numpy as np
 SCALING = [sys.executable, "-m", "launch.cli"]
 CONFIG = {
     "name": "kills",
-    "grid": {"kind": "isoflop", "budgets": [2e9, 4e9], "params": [6.5e3, 20e3, 40e3], "min_steps": 20},
+    "grid": {
+        "kind": "product",
+        "params": [6.5e3, 20e3, 40e3],
+        "tokens": [1e4, 2e4, 4e4],
+        "min_steps": 20,
+        "trunks": True,
+        "sentinels": {"lr": [0.5, 2.0], "cells": "cheapest"},
+    },
     "model": {"head_dim": 12},
     "data": {"source": "stdlib", "seq": 64},
     "recipe": {
@@ -38,7 +47,7 @@ CONFIG = {
     },
     "eval": {"sequences": 64, "points": 2},
 }
-SAVE_EVERY = "4"
+OPTIONS = ("--checkpoint-steps", "4", "--pack", "turns")
 FILES = ("result.json", "metrics.jsonl", "config.json")
 
 
@@ -50,7 +59,7 @@ def kill_once(study: Path, seconds: float) -> dict:
     """Starts `scaling run`, kills its process group after a while; says what stood on disk then."""
     before = unfinished_saves(study)
     process = subprocess.Popen(
-        [*SCALING, "run", str(study), "--checkpoint-steps", SAVE_EVERY],
+        [*SCALING, "run", str(study), *OPTIONS],
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
@@ -72,7 +81,7 @@ def unfinished_saves(study: Path) -> set:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
@@ -83,7 +92,7 @@ def main() -> int:
         for study in (whole, killed):
             scaling("plan", str(config), "--study", str(study), "--no-estimate")
         start = time.perf_counter()
-        scaling("run", str(whole), "--checkpoint-steps", SAVE_EVERY)
+        scaling("run", str(whole), *OPTIONS)
         undisturbed = time.perf_counter() - start
         kills = []
         while len(kills) < args.kills:
@@ -92,7 +101,7 @@ def main() -> int:
                 break
             kills.append(kill)
             print(f"kill {len(kills)}: {kill}", flush=True)
-        scaling("run", str(killed), "--checkpoint-steps", SAVE_EVERY)
+        scaling("run", str(killed), *OPTIONS)
         differing = []
         for cell in sorted(p.name for p in (whole / "cells").iterdir()):
             for name in FILES:

@@ -95,6 +95,10 @@ def write_report(
     figures |= _further_figures(fit, further, frontier)
     context = _context(fit, compared, points, answers, manifest, table, commands)
     context |= _further_words(further)
+    if study is not None:
+        said, warnings = study_words.bracket_sentences(study)
+        context["warnings"] += warnings
+        context["checklist"] += said
     context["warnings"] += questions.selection_warnings(further["selection"][0])
     context["title"] = title or (manifest or {}).get("study") or fit.data.get("source") or "Scaling-law fit"
     context["figures"] = {

@@ -33,6 +33,7 @@ STATUS_WORDS = {
 }
 RUN_COLUMNS = {
     "cell": ("cell", None),
+    "role": ("role", None),
     "params": ("N", "count"),
     "tokens": ("D", "count"),
     "flops": ("C (FLOPs)", "sci"),
@@ -72,6 +73,18 @@ def study_warnings(fit: Any, table: pd.DataFrame, dropped: Sequence[Mapping]) ->
             f"{'it is' if few else 'they are'} listed below."
         )
     return out
+
+
+def bracket_sentences(study) -> tuple[list[list], list[str]]:
+    """What the study's sentinel brackets say of its learning rates and batches: checklist rows, warnings."""
+    from scaling.records import bracket_words
+
+    rows, warnings = [], []
+    for sentence, warning in bracket_words(study):
+        rows.append(["Sentinel bracket", sentence])
+        if warning:
+            warnings.append("Sentinel bracket: " + sentence + ".")
+    return rows, warnings
 
 
 def fitted_rows(fit: Any, table: pd.DataFrame) -> pd.DataFrame | None:

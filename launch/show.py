@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from scaling.branches import saving, spent_flops
-from scaling.records import RESULTS, progress
+from scaling.records import RESULTS, bracket_words, progress
 
 STATUS_STYLE = {"finished": "green", "running": "cyan", "diverged": "yellow", "failed": "red"}
 LEAST_NEEDED = ("memory", "C", "N non-emb", "batch", "steps", "cell")
@@ -323,8 +323,15 @@ def run_summary(console: Console, study: Path) -> None:
     for r in rows:
         if r["status"] not in ("finished", "planned", "running"):
             console.print(f"[yellow]{escape(cell_line(r))}[/]", soft_wrap=True)
+    sentinels(console, study)
     whole = all(r["status"] in RESULTS for r in rows)
     console.print(f"{counts(rows)}; next: scaling {'fit' if whole else 'run'} {study}", soft_wrap=True)
+
+
+def sentinels(console: Console, study: Path) -> None:
+    """What the study's brackets say of its learning rates and batches."""
+    for said, warning in bracket_words(study):
+        console.print(("[yellow]warning:[/] " if warning else "") + escape(said), soft_wrap=True)
 
 
 def estimate(manifest: dict) -> dict:

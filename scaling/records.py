@@ -17,6 +17,7 @@ from scaling.chips import peak_flops
 from scaling.config import cell_id, validate_cell
 from scaling.files import CellFolder, StudyError, is_claimed, read_json, read_jsonl, write_whole
 from scaling.flops import ledger
+from scaling.sentinels import brackets, words
 
 RESULTS = ("finished", "diverged")
 STATUSES = ("finished", "diverged", "failed", "preempted", "running", "planned")
@@ -205,6 +206,17 @@ def read_result(folder: CellFolder) -> dict:
     if missing:
         raise StudyError(f"{folder.result} is damaged (no {missing[0]!r}); remove it and run the study again")
     return result
+
+
+def bracket_words(study: Path | str) -> list[tuple[str, bool]]:
+    """What the study's sentinels say of its learning rates and batches: sentences, and whether each warns."""
+
+    def loss_of(cell: str) -> tuple[float, float] | None:
+        folder = CellFolder(study, cell)
+        result = read_result(folder) if folder.result.exists() else {"status": None}
+        return (result["loss"], result["loss_stderr"]) if result["status"] == "finished" else None
+
+    return [words(row) for row in brackets(read_manifest(study), loss_of)]
 
 
 def curves(study: Path | str) -> dict[str, pd.DataFrame]:

@@ -114,6 +114,29 @@ def brackets(manifest: Mapping, loss_of: Callable[[str], tuple[float, float] | N
     return out
 
 
+GOOD_ENOUGH = 0.01
+"""A rule that loses more than this share of the loss to a bracket's optimum is warned of: a law's own
+residuals are of this size."""
+
+
+def words(row: Mapping) -> tuple[str, bool]:
+    """One bracket as a sentence, and whether it is a warning."""
+    name = {"lr": "learning rate", "batch": "batch"}[row["field"]]
+    where = f"N {row['params']:.3g}, D {row['tokens']:.3g}"
+    excess, noise = f"{row['excess']:.2%}", f"± {row['stderr']:.2%}"
+    tried = ", ".join(f"{m:g}" for m in row["multiples"])
+    if row["edge"] and row["best"] != 1:
+        return (
+            f"at {where} the best of {tried} x the rule's {name} is {row['best']:g} x, the bracket's end: "
+            f"the rule loses at least {excess} ({noise}) of the loss; widen the bracket, or tune the "
+            "reference cell again"
+        ), row["excess"] > max(GOOD_ENOUGH, 2 * row["stderr"])
+    return (
+        f"at {where} the rule's {name} is within {excess} ({noise}) of the bracket's optimum, which lies at "
+        f"{row['best']:.2g} x of it (tried: {tried} x)"
+    ), row["excess"] > max(GOOD_ENOUGH, 2 * row["stderr"])
+
+
 def judge(multiples: np.ndarray, losses: np.ndarray, stderrs: np.ndarray) -> dict:
     """Where the optimum of one bracket lies and what the rule (multiple 1) loses to it."""
     x = np.log(multiples)

@@ -6,7 +6,7 @@ from tiny_study import tiny_study
 
 from scaling.config import ConfigError
 from scaling.grid import plan
-from scaling.sentinels import brackets, judge
+from scaling.sentinels import brackets, judge, words
 from scaling.study import validate_study
 
 FACTS = {"fingerprint": "f" * 16, "vocab": 256, "unique_tokens": 10**9, "heldout_tokens": 10**6}
@@ -69,6 +69,16 @@ def test_only_finished_brackets_are_judged(corpus):
     losses = {base: (3.0, 0.01), made[0]["id"]: (3.2, 0.01), made[1]["id"]: (3.1, 0.01)}
     (row,) = brackets(plan_, losses.get)
     assert row["cell"] == base and row["field"] == "lr" and row["multiples"] == [0.5, 1.0, 2.0]
+
+
+def test_sentences_and_warnings():
+    row = {"field": "lr", "params": 3e3, "tokens": 2e4, "multiples": [0.5, 1.0, 2.0], "best": 1.3}
+    said, warning = words({**row, "excess": 0.002, "stderr": 0.001, "edge": False})
+    assert not warning and "the rule's learning rate is within 0.20% (± 0.10%)" in said
+    said, warning = words({**row, "excess": 0.03, "stderr": 0.001, "edge": True, "best": 2.0})
+    assert warning and "the bracket's end" in said and "at least 3.00%" in said
+    _, warning = words({**row, "excess": 0.03, "stderr": 0.02, "edge": False})
+    assert not warning  # the noise alone could be that
 
 
 @pytest.mark.parametrize(
