@@ -1,0 +1,193 @@
+"""What a grid of 6 sizes x 5 D costs: trunk and branch, against one cosine run a cell.
+
+One side is what a ladder of scripts does: every (N, D) is a run of its own, a cosine that decays
+fully at its own D, one after another, each in a process that starts, compiles and trains with all CPU
+cores. The other is ``scaling run`` on the same grid with ``grid.trunks``, as it comes: one worker a core,
+packed where the planner packs. Both sides train the same (N, D) on the same data by the same recipe,
+from compilation caches that are empty, in one call of this script.
+
+    python benchmarks/grid_cost.py [--scale 1.0] [--write]
+
+Prints FLOPs, wall time and CPU seconds of both sides and their ratios beside the arithmetic limit;
+the losses at every (N, D) and their differences beside the seed noise (a second seed of the cosine
+cells at the middle D, not timed); the fitted exponents with their intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+import fits
+from scaling.branches import saving
+from scaling.records import collect
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = [6.5e3, 13e3, 20e3, 40e3, 68e3, 102e3]
+SHORTEST = 65_536
+LENGTHS, COOLDOWN = 5, 0.2
+LIMIT = (2 - 2 ** (1 - LENGTHS)) / ((1 - COOLDOWN) + COOLDOWN * (2 - 2 ** (1 - LENGTHS)))
+RECIPE = dict(
+    params=33e3, tokens=2.0e6, lr=4.5e-3, tau=3.0, batch_tokens=1024, beta2=0.99, width_per_layer=28.0,
+    width_multiple=12, ffn_multiple=8,
+)  # fmt: skip
+
+
+def config(name: str, scale: float, seeds: list[int], trunks: bool) -> dict:
+    tokens = [scale * SHORTEST * 2**k for k in range(LENGTHS)]
+    schedule = {"name": "wsd", "decay_fraction": COOLDOWN} if trunks else {"name": "cosine"}
+    return {
+        "name": name,
+        "grid": {"kind": "product", "params": SIZES, "tokens": tokens, "trunks": trunks, "tolerance": 0.03},
+        "model": {"head_dim": 12},
+        "data": {"source": "stdlib", "seq": 128},
+        "recipe": RECIPE,
+        "schedule": schedule,
+        "eval": {"sequences": 512},
+        "seeds": seeds,
+    }
+
+
+def scaling(*args: str, cache: Path) -> None:
+    env = {**os.environ, "SCALING_COMPILATION_CACHE": str(cache)}
+    command = [sys.executable, "-m", "launch.cli", *args]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=env, cwd=ROOT)
+
+
+def planned(folder: Path, name: str, scale: float, seeds: list[int], trunks: bool, cache: Path) -> Path:
+    file, study = folder / f"{name}.json", folder / name
+    file.write_text(json.dumps(config(name, scale, seeds, trunks)))
+    scaling("plan", str(file), "--study", str(study), "--no-estimate", cache=cache)
+    return study
+
+
+def cost(run) -> dict:
+    """Wall and CPU seconds of what a function's child processes do, and the load when it began."""
+    load, before, start = (
+        os.getloadavg()[0],
+        resource.getrusage(resource.RUSAGE_CHILDREN),
+        time.perf_counter(),
+    )
+    run()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"wall": time.perf_counter() - start, "cpu": cpu, "load": load}
+
+
+def one_by_one(study: Path, cache: Path) -> None:
+    """Every cell in a process of its own, one after another, each with every core."""
+    cores = str(len(os.sched_getaffinity(0)))
+    for entry in json.loads((study / "manifest.json").read_text())["cells"]:
+        scaling("run", str(study), "--cell", entry["id"], "--workers", "1", "--cores-per-worker", cores,
+                cache=cache)  # fmt: skip
+
+
+def measure(folder: Path, scale: float) -> dict:
+    caches = {side: folder / f"cache-{side}" for side in ("trunks", "cosine")}
+    trunks = planned(folder, "trunks", scale, [0], True, caches["trunks"])
+    cosine = planned(folder, "cosine", scale, [0], False, caches["cosine"])
+    ours = cost(lambda: scaling("run", str(trunks), cache=caches["trunks"]))
+    theirs = cost(lambda: one_by_one(cosine, caches["cosine"]))
+    noise = planned(folder, "noise", scale, [1], False, caches["cosine"])
+    entries = json.loads((noise / "manifest.json").read_text())["cells"]
+    middle = sorted({e["target"]["tokens"] for e in entries})[LENGTHS // 2]
+    cells = [x for e in entries if e["target"]["tokens"] == middle for x in ("--cell", e["id"])]
+    scaling("run", str(noise), *cells, cache=caches["cosine"])
+    return summary(trunks, cosine, noise, ours, theirs)
+
+
+def losses(study: Path) -> dict:
+    """(planned N, planned D) to the final loss of the study's own cells."""
+    table = collect(study).set_index("cell")
+    entries = json.loads((study / "manifest.json").read_text())["cells"]
+    own = {e["id"]: (e["target"]["params"], e["target"]["tokens"]) for e in entries if e["role"] != "trunk"}
+    return {
+        key: float(table.loc[c, "loss"]) for c, key in own.items() if table.loc[c, "status"] == "finished"
+    }
+
+
+def summary(trunks: Path, cosine: Path, noise: Path, ours: dict, theirs: dict) -> dict:
+    entries = json.loads((trunks / "manifest.json").read_text())["cells"]
+    flops = saving(entries)
+    base = sum(e["achieved"]["flops"] for e in json.loads((cosine / "manifest.json").read_text())["cells"])
+    a, b, other = losses(trunks), losses(cosine), losses(noise)
+    gap = np.array([np.log(a[k] / b[k]) for k in b])
+    # two seeds of one cell differ by sqrt(2) of one seed's own deviation
+    seed = np.sqrt(np.mean([np.log(other[k] / b[k]) ** 2 for k in other]) / 2)
+    laws = {}
+    for name, study in (("trunks", trunks), ("cosine", cosine)):
+        fit = fits.fit_table(collect(study), "chinchilla", bootstraps=1000)
+        laws[name] = {
+            "a": fit.intervals["a"]["estimate"],
+            "interval": fit.intervals["a"]["95"],
+            "status": fit.status,
+        }
+    return {
+        "ours": ours, "theirs": theirs, "wall_ratio": theirs["wall"] / ours["wall"],
+        "cpu_ratio": theirs["cpu"] / ours["cpu"], "flops_ratio": base / flops["spent"], "limit": LIMIT,
+        "flops": {"trunks": flops["spent"], "cosine": base}, "seed_noise": float(seed),
+        "gap_mean": float(gap.mean()), "gap_rms": float(np.sqrt(np.mean(gap**2))), "cells": len(gap),
+        "losses": [{"params": k[0], "tokens": k[1], "trunks": a[k], "cosine": b[k]} for k in sorted(b)],
+        "laws": laws,
+    }  # fmt: skip
+
+
+def text(got: dict) -> str:
+    ours, theirs, laws = got["ours"], got["theirs"], got["laws"]
+    lines = [
+        "# Trunk and branch against one cosine run a cell",
+        "",
+        f"`python benchmarks/grid_cost.py`, {len(SIZES)} sizes x {LENGTHS} D (doubling, {COOLDOWN:.0%} "
+        f"cooldowns), {len(os.sched_getaffinity(0))} CPU cores, load {ours['load']:.1f} and "
+        f"{theirs['load']:.1f} at the start.",
+        "",
+        "| | trunk and branch | cosine, one by one | ratio |",
+        "|---|---|---|---|",
+        f"| FLOPs (exact) | {got['flops']['trunks']:.3e} | {got['flops']['cosine']:.3e} | "
+        f"{got['flops_ratio']:.2f} (arithmetic limit {got['limit']:.2f}) |",
+        f"| wall seconds, compiling included | {ours['wall']:.0f} | {theirs['wall']:.0f} | "
+        f"{got['wall_ratio']:.2f} |",
+        f"| CPU seconds | {ours['cpu']:.0f} | {theirs['cpu']:.0f} | {got['cpu_ratio']:.2f} |",
+        "",
+        f"Loss at the {got['cells']} shared (N, D), log(trunk / cosine): mean {got['gap_mean']:+.2%}, root "
+        f"mean square {got['gap_rms']:.2%}; a seed's own standard deviation {got['seed_noise']:.2%} of the loss.",
+        "",
+    ]
+    for name, law in laws.items():
+        low, high = law["interval"]
+        lines.append(
+            f"Exponent a, {name}: {law['a']:.3f}, 95 % interval {low:.3f} to {high:.3f} ({law['status']}).  "
+        )
+    lines += ["", "| N | D | trunk and branch | cosine | difference |", "|---|---|---|---|---|"]
+    for row in got["losses"]:
+        gap = f"{np.log(row['trunks'] / row['cosine']):+.2%}"
+        size = f"| {row['params']:.3g} | {row['tokens']:.3g} "
+        lines.append(f"{size}| {row['trunks']:.4f} | {row['cosine']:.4f} | {gap} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies every D")
+    parser.add_argument("--write", action="store_true", help="keep the figures in benchmarks/results/")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        got = measure(Path(folder), args.scale)
+    print(text(got))
+    if args.write:
+        results = ROOT / "benchmarks" / "results"
+        (results / "grid_cost.md").write_text(text(got))
+        (results / "grid_cost.json").write_text(json.dumps(got, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
