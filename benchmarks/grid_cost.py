@@ -119,10 +119,10 @@ def summary(trunks: Path, cosine: Path, noise: Path, ours: dict, theirs: dict) -
     entries = json.loads((trunks / "manifest.json").read_text())["cells"]
     flops = saving(entries)
     base = sum(e["achieved"]["flops"] for e in json.loads((cosine / "manifest.json").read_text())["cells"])
-    a, b, other = losses(trunks), losses(cosine), losses(noise)
-    gap = np.array([np.log(a[k] / b[k]) for k in b])
+    ours_at, theirs_at, other = losses(trunks), losses(cosine), losses(noise)
+    gap = np.array([np.log(ours_at[k] / theirs_at[k]) for k in theirs_at])
     # two seeds of one cell differ by sqrt(2) of one seed's own deviation
-    seed = np.sqrt(np.mean([np.log(other[k] / b[k]) ** 2 for k in other]) / 2)
+    seed = np.sqrt(np.mean([np.log(other[k] / theirs_at[k]) ** 2 for k in other]) / 2)
     laws = {}
     for name, study in (("trunks", trunks), ("cosine", cosine)):
         fit = fits.fit_table(collect(study), "chinchilla", bootstraps=1000)
@@ -136,7 +136,9 @@ def summary(trunks: Path, cosine: Path, noise: Path, ours: dict, theirs: dict) -
         "cpu_ratio": theirs["cpu"] / ours["cpu"], "flops_ratio": base / flops["spent"], "limit": LIMIT,
         "flops": {"trunks": flops["spent"], "cosine": base}, "seed_noise": float(seed),
         "gap_mean": float(gap.mean()), "gap_rms": float(np.sqrt(np.mean(gap**2))), "cells": len(gap),
-        "losses": [{"params": k[0], "tokens": k[1], "trunks": a[k], "cosine": b[k]} for k in sorted(b)],
+        "losses": [{"params": k[0], "tokens": k[1], "trunks": ours_at[k], "cosine": theirs_at[k]}
+            for k in sorted(theirs_at)
+        ],
         "laws": laws,
     }  # fmt: skip
 
@@ -159,7 +161,7 @@ def text(got: dict) -> str:
         f"| CPU seconds | {ours['cpu']:.0f} | {theirs['cpu']:.0f} | {got['cpu_ratio']:.2f} |",
         "",
         f"Loss at the {got['cells']} shared (N, D), log(trunk / cosine): mean {got['gap_mean']:+.2%}, root "
-        f"mean square {got['gap_rms']:.2%}; a seed's own standard deviation {got['seed_noise']:.2%} of the loss.",
+        f"mean square {got['gap_rms']:.2%}; a seed's own standard deviation {got['seed_noise']:.2%}.",
         "",
     ]
     for name, law in laws.items():

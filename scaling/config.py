@@ -52,16 +52,16 @@ def _positive(default=REQUIRED, **kw) -> Field:
     return Field(float, lambda x: x > 0, "a positive number", default, **kw)
 
 
-def _fraction(default=REQUIRED) -> Field:
-    return Field(float, lambda x: 0 <= x < 1, "a number in [0, 1)", default)
+def _fraction(default=REQUIRED, **kw) -> Field:
+    return Field(float, lambda x: 0 <= x < 1, "a number in [0, 1)", default, **kw)
 
 
 def _nonnegative(default=REQUIRED) -> Field:
     return Field(float, lambda x: x >= 0, "zero or a positive number", default)
 
 
-def _choice(*names: str, default=REQUIRED) -> Field:
-    return Field(str, lambda x: x in names, "one of " + ", ".join(map(repr, names)), default)
+def _choice(*names: str, default=REQUIRED, **kw) -> Field:
+    return Field(str, lambda x: x in names, "one of " + ", ".join(map(repr, names)), default, **kw)
 
 
 def _flag(default: bool) -> Field:
@@ -102,19 +102,22 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "fingerprint": Field(str, lambda x: bool(x), "the data's content hash", None, optional=True),
     },
     "optim": {
-        "name": _choice("adamw", default="adamw"),
+        "name": _choice("adamw", "lion", "muon", "schedule_free", default="adamw"),
         "lr": _positive(),
         "beta1": _fraction(0.9),
         "beta2": _fraction(0.95),
         "eps": _positive(1e-8),
         "weight_decay": _nonnegative(0.1),
         "grad_clip": _positive(1.0, optional=True),
+        "momentum": _fraction(0.95, later=True),
+        "update_rms": _positive(0.2, later=True),
     },
     "schedule": {
-        "name": _choice("wsd", "cosine", "constant", default="wsd"),
+        "name": _choice("wsd", "cosine", "linear", "inverse_sqrt", "rex", "constant", default="wsd"),
         "warmup_steps": _count(),
         "decay_fraction": Field(float, lambda x: 0 < x <= 1, "a number in (0, 1]", 0.2),
         "final_fraction": _fraction(0.0),
+        "decay": _choice("linear", "1-sqrt", default="linear", later=True),
     },
     "train": {
         "batch": _positive_int(),
@@ -173,7 +176,21 @@ def validate_cell(cell: Mapping) -> dict:
             f"schedule.warmup_steps is {out['schedule']['warmup_steps']}; "
             f"it must be less than train.steps = {out['train']['steps']}"
         )
+    check_optimizer(out["optim"], out["schedule"])
     return out
+
+
+def check_optimizer(optim: Mapping, schedule: Mapping) -> None:
+    """Raises ``ConfigError`` where the optimizer cannot go with its numbers or its schedule."""
+    if optim["name"] != "schedule_free":
+        return
+    if schedule["name"] != "constant":
+        raise ConfigError(
+            f"schedule.name is {schedule['name']!r}; optim.name = 'schedule_free' averages instead of "
+            "decaying and takes 'constant' (with warm-up) alone"
+        )
+    if optim["beta1"] == 0:
+        raise ConfigError("optim.beta1 is 0; optim.name = 'schedule_free' divides by it and needs (0, 1)")
 
 
 def validate_section(section: str, given: Any) -> dict:

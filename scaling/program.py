@@ -27,6 +27,7 @@ class Static:
     model: tuple
     optim: str
     schedule: str
+    decay: str = "linear"
 
     @classmethod
     def of(cls, cell: Mapping) -> Static:
@@ -34,7 +35,12 @@ class Static:
         schedule = cell["schedule"]["name"]
         if schedule == "constant":  # a WSD without a decay, so that a trunk and its branches share a program
             schedule = "wsd"
-        return cls(tuple(sorted(cell["model"].items())), cell["optim"]["name"], schedule)
+        return cls(
+            model=tuple(sorted(cell["model"].items())),
+            optim=cell["optim"]["name"],
+            schedule=schedule,
+            decay=cell["schedule"]["decay"],
+        )
 
     def build(self, seed: int, remat: str = "none"):
         """The model as ``scaling.models.lm.build`` gives it: (apply, params)."""

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from scaling import optim
 from scaling.models.loss import loss_fn
-from scaling.optim import make_optimizer
 from scaling.schedules import learning_rate
 
 
@@ -23,8 +23,13 @@ class TrainState(NamedTuple):
 
 def init_state(params, static, hp) -> TrainState:
     """The state before the first step, owning fresh buffers."""
-    params = jax.tree.map(jnp.array, params)
-    return TrainState(jnp.int32(0), params, make_optimizer(static, hp, params).init(params))
+    opt_state = optim.make_optimizer(static, hp, params).init(params)
+    return jax.tree.map(jnp.array, TrainState(jnp.int32(0), params, opt_state))
+
+
+def eval_params(static, state: TrainState):
+    """The parameters by which a state is judged (``scaling.optim.eval_params``)."""
+    return optim.eval_params(static, state.params, state.opt_state)
 
 
 def train_step(apply, static, state: TrainState, batch, hp):
@@ -46,12 +51,12 @@ def train_step(apply, static, state: TrainState, batch, hp):
         return loss_fn(apply, params, batch, hp["z_loss"])
 
     (_, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-    optimizer = make_optimizer(static, hp, state.params)
+    optimizer = optim.make_optimizer(static, hp, state.params, state.step)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {
         "loss": aux["nats"],
         "grad_norm": optax.global_norm(grads),
-        "lr": learning_rate(static.schedule, state.step, hp),
+        "lr": learning_rate(static.schedule, state.step, hp, static.decay),
     }
     return TrainState(state.step + 1, params, opt_state), metrics
