@@ -154,6 +154,7 @@ def plan(config, study, overrides, grow, dry_run, no_estimate, as_json):
     show_default=True,
     help="End a worker whose steps no longer end; 0: never.",
 )
+@click.option("--deterministic", is_flag=True, help="GPU: the same bits each time, for some speed.")
 @json_option
 def run(
     study,
@@ -166,6 +167,7 @@ def run(
     wandb,
     pack,
     watchdog_seconds,
+    deterministic,
     as_json,
 ):
     """Train every cell of STUDY that is not finished; run it again after any interruption.
@@ -192,6 +194,7 @@ def run(
         emit(as_json, {"outcome": "nothing to do"}, lambda: console.print(message))
         return 0
     options = ["--checkpoint-seconds", str(checkpoint_seconds), "--remat", remat, "--wandb", wandb]
+    options += ["--deterministic"] if deterministic else []
     options += ["--pack", pack, "--watchdog-seconds", str(watchdog_seconds)]
     options += ["--checkpoint-steps", str(checkpoint_steps)] if checkpoint_steps else []
     options += [x for c in cells for x in ("--cell", c)]

@@ -30,11 +30,14 @@ def main() -> int:
     parser.add_argument("--wandb", default="off")
     parser.add_argument("--pack", default="auto", help="auto, off, turns or vmap")
     parser.add_argument("--watchdog-seconds", type=float, default=1800.0)
+    parser.add_argument("--deterministic", action="store_true", help="no atomic sums in GPU programs")
     parser.add_argument("--cores", type=int, help="bind to so many CPU cores")
     parser.add_argument("--parent", type=int, help="end when this process is gone")
     args = parser.parse_args()
     if args.parent is not None:
         die_with(args.parent)
+    if args.deterministic:
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
     held = bind_to_cores(args.cores) if args.cores and hasattr(os, "sched_setaffinity") else []
 
     from launch.local import work

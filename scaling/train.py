@@ -21,6 +21,7 @@ from scaling.lane import Diverged, Job, Lane
 from scaling.pack import program_for
 from scaling.program import Static, first_state
 from scaling.records import read_result
+from scaling.step import eval_params
 from scaling.tracking import Tracker
 from scaling.watchdog import Watchdog
 
@@ -255,7 +256,7 @@ class Pack:
         self.share_time()
         try:
             if lane.done in lane.eval_steps:
-                lane.evaluate(self.program.evaluate, state.params)
+                lane.evaluate(self.program.evaluate, eval_params(self.static, state))
         except Diverged as end:
             self.end(lane, "diverged", end.steps, str(end))
             return
