@@ -91,6 +91,11 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "local_window": _positive_int(None, optional=True),
         "cross_document": _flag(False),
         "dtype": _choice("float32", "bfloat16", default="float32"),
+        "parametrization": _choice("standard", "mup", "completep", default="standard", later=True),
+        "base_d_model": _positive_int(None, optional=True, later=True),
+        "base_layers": _positive_int(None, optional=True, later=True),
+        "base_ffn_dim": _positive_int(None, optional=True, later=True),
+        "base_head_dim": _positive_int(None, optional=True, later=True),
     },
     "data": {
         "source": _choice("stdlib", "text", "tokens", default="stdlib"),
@@ -227,6 +232,20 @@ def check_model(model: Mapping) -> None:
         raise ConfigError(
             f"model.kv_heads is {model['kv_heads']}; it must divide model.heads = {model['heads']}"
         )
+    name = model.get("parametrization", "standard")
+    needed = {"standard": (), "mup": ("base_d_model",), "completep": ("base_d_model", "base_layers")}[name]
+    read = needed + (() if name == "standard" else ("base_ffn_dim", "base_head_dim"))
+    for key in ("base_d_model", "base_layers", "base_ffn_dim", "base_head_dim"):
+        if model.get(key) is None and key in needed:
+            raise ConfigError(
+                f"model.{key} is None; model.parametrization = {name!r} needs a positive integer, that of "
+                "the shape whose hyper-parameters were tuned"
+            )
+        if model.get(key) is not None and key not in read:
+            raise ConfigError(
+                f"model.{key} is {model[key]}; model.parametrization = {name!r} does not read it, so that it "
+                "must be None"
+            )
 
 
 def canonical_json(value: Any) -> str:

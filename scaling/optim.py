@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from scaling.parametrization import update_scales
 from scaling.schedules import learning_rate
 
 
@@ -68,8 +69,11 @@ def make_optimizer(static, hp: Mapping, params, step=None, scales=None) -> optax
       step: int32 scalar, the update's number, for the learning rate; by default the optimizer's own count.
         They differ once an update was skipped.
       scales: multipliers of a parametrisation, a dict of trees like ``params``, one scalar a leaf:
-        ``lr`` (of the whole step, weight decay included), ``eps`` and ``weight_decay``. None: all are one.
+        ``lr`` (of the whole step, weight decay included), ``eps`` and ``weight_decay``. None: those of
+        ``scaling.parametrization.update_scales`` for the model, all one under ``standard``.
     """
+    if scales is None:
+        scales = update_scales(dict(static.model), params)
 
     def schedule(count):
         return learning_rate(static.schedule, count if step is None else step, hp, static.decay)

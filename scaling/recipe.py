@@ -34,7 +34,8 @@ class Recipe:
     beta2: float = 0.95
     """beta2 at the reference batch; its half-life is kept constant in tokens (Marek et al. 2025)."""
     lr_params_exponent: float = -0.36
-    """lr ~ N^-0.36 (Porian et al. 2024, fitted for AdamW at standard parametrisation)."""
+    """lr ~ N^-0.36 (Porian et al. 2024, fitted for AdamW at standard parametrisation); 0 where
+    ``model.parametrization`` scales the rates itself (``for_parametrization``)."""
     lr_tokens_exponent: float = -0.32
     """lr ~ D^-0.32 at fixed batch (Bjorck et al. 2024)."""
     lr_batch_exponent: float = 0.5
@@ -91,6 +92,46 @@ def recipe_from_config(config: Mapping) -> Recipe:
     return Recipe(**values)
 
 
+def for_parametrization(recipe: Mapping, parametrization: str) -> dict:
+    """The ``recipe`` section for a parametrization: under 'mup' and 'completep' the rate has no N in it.
+
+    Those divide the rates of single matrices by the width already; a power of N on top would do it twice.
+
+    Args:
+      recipe: the section as written.
+      parametrization: ``model.parametrization``.
+
+    Returns:
+      The section, with ``lr_params_exponent`` 0 where it was left out and the parametrization asks for it.
+
+    Raises:
+      ConfigError: an exponent other than 0 beside a parametrization that scales the rates.
+    """
+    if parametrization == "standard":
+        return dict(recipe)
+    exponent = recipe.get("lr_params_exponent", 0.0)
+    if exponent != 0:
+        raise ConfigError(
+            f"recipe.lr_params_exponent is {exponent!r}; it must be 0 (or left out) with "
+            f"model.parametrization = {parametrization!r}, which divides the rates by the width itself"
+        )
+    return {**recipe, "lr_params_exponent": 0.0}
+
+
+def with_base(recipe: Recipe, model: Mapping, seq: int) -> dict:
+    """The size-independent ``model`` fields, with the base shape of 'mup' and 'completep' filled in.
+
+    Where no ``model.base_d_model`` is given the base is the shape of the reference cell, whose
+    hyper-parameters are the ones that were tuned.
+    """
+    name = model.get("parametrization", "standard")
+    if name == "standard" or model.get("base_d_model") is not None:
+        return dict(model)
+    base = shape(recipe, {**model, "parametrization": "standard"}, recipe.params, seq)
+    filled = {"base_d_model": base["d_model"], "base_ffn_dim": base["ffn_dim"]}
+    return {**model, **filled, **({"base_layers": base["layers"]} if name == "completep" else {})}
+
+
 def make_shape(recipe: Recipe, model: Mapping, d_model: int, layers: int) -> dict:
     """The whole ``model`` section for a width and a depth.
 
@@ -127,13 +168,14 @@ def shape(recipe: Recipe, model: Mapping, params: float, seq: int) -> dict:
       seq: sequence length (the ledger needs it; N does not depend on it).
 
     Returns:
-      A whole ``model`` section.
+      A whole ``model`` section; its base shape as in ``with_base``.
 
     Raises:
       ConfigError: ``params`` is not positive, or is smaller than half the smallest shape.
     """
     if not 0 < params < MOST_PARAMS:
         raise ConfigError(f"params is {params!r}; a target N must be positive and below {MOST_PARAMS:g}")
+    model = with_base(recipe, model, seq)
     step = math.lcm(recipe.width_multiple, model["head_dim"])
     best, best_key = None, None
     # N ~ 12 width^3 / aspect: for large N, widths far from that have no aspect ratio worth trying

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from scaling.config import SCHEMA, ConfigError, check_field, check_keys, to_plain
 from scaling.flops import CONVENTIONS
-from scaling.recipe import recipe_from_config
+from scaling.recipe import for_parametrization, recipe_from_config
 from scaling.sentinels import validate_sentinels
 
 # Fields of a cell that the recipe decides; a study config may not set them, a listed cell may.
@@ -144,6 +144,8 @@ def validate_study(config: Mapping) -> dict:
         raise ConfigError(
             "recipe is missing; it must hold the reference cell: params, tokens, lr, batch_tokens"
         )
+    parametrization = config["model"].get("parametrization", "standard")
+    config["recipe"] = for_parametrization(config["recipe"], parametrization)
     recipe_from_config(config["recipe"])
     schedule = config["schedule"].get("name", SCHEMA["schedule"]["name"].default)
     if config["grid"]["trunks"] and schedule != "wsd":

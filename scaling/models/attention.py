@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import dot_product_attention
+from scaling import parametrization
 from scaling.models import init
 from scaling.models.norm import RMSNorm
 
@@ -42,12 +43,12 @@ class Attention(nnx.Module):
         self.q = init.matrix(rngs, D, N * H)
         self.k = init.matrix(rngs, D, K * H)
         self.v = init.matrix(rngs, D, K * H)
-        self.out = init.matrix(rngs, N * H, D, init.residual_gain(cfg["layers"]))
+        self.out = init.matrix(rngs, N * H, D, init.residual_gain(parametrization.residual_depth(cfg)))
         if cfg["qk_norm"]:
             self.q_norm = RMSNorm(H, cfg["norm_eps"])
             self.k_norm = RMSNorm(H, cfg["norm_eps"])
         self.qk_norm = cfg["qk_norm"]
-        self.head_dim = H
+        self.head_dim, self.scale = H, parametrization.attention_scale(cfg)
         self.soft_cap = cfg["attention_soft_cap"]
         self.window = None if cfg["local_window"] is None else (cfg["local_window"] - 1, 0)
         self.dtype = jnp.dtype(cfg["dtype"])
@@ -65,6 +66,7 @@ class Attention(nnx.Module):
             rotate(q_BTNH, rope),
             rotate(k_BTKH, rope),
             v_BTKH,
+            scale=self.scale,
             is_causal=True,
             local_window_size=self.window,
             q_segment_ids=segment_ids_BT,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from scaling import parametrization
 from scaling.config import ConfigError
 from scaling.models import init
 from scaling.models.attention import Attention, rope_table
@@ -24,25 +25,32 @@ REMAT = {
 }
 
 
+def times(multiplier: float, x):
+    """A multiplier that leaves no trace in the program where it is 1."""
+    return x if multiplier == 1 else x * multiplier
+
+
 class Block(nnx.Module):
-    """One pre-norm layer: x + mixer(norm(x)), then x + feed-forward(norm(x))."""
+    """One pre-norm layer: x + c mixer(norm(x)), then x + c feed-forward(norm(x)); usually c = 1."""
 
     def __init__(self, cfg, rngs: nnx.Rngs):
         self.mixer_norm = RMSNorm(cfg["d_model"], cfg["norm_eps"])
         self.mixer = Attention(cfg, rngs)
         self.ffn_norm = RMSNorm(cfg["d_model"], cfg["norm_eps"])
         self.ffn = SwiGLU(cfg, rngs)
+        self.multiplier = parametrization.branch_multiplier(cfg)
 
     def __call__(self, x_BTD, rope, segment_ids_BT):
-        x_BTD = x_BTD + self.mixer(self.mixer_norm(x_BTD), rope, segment_ids_BT)
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+        x_BTD = x_BTD + times(self.multiplier, self.mixer(self.mixer_norm(x_BTD), rope, segment_ids_BT))
+        return x_BTD + times(self.multiplier, self.ffn(self.ffn_norm(x_BTD)))
 
 
 class Embedding(nnx.Module):
     """The token table, float32 [V, D]; also the head where the model is tied."""
 
     def __init__(self, cfg, rngs: nnx.Rngs):
-        self.table = nnx.Param(init.matrix(rngs, cfg["d_model"], cfg["vocab"])[...].T)
+        gain = parametrization.vocabulary_gain(cfg)
+        self.table = nnx.Param(init.matrix(rngs, cfg["d_model"], cfg["vocab"], gain)[...].T)
         self.dtype = jnp.dtype(cfg["dtype"])
 
     def __call__(self, tokens_BT):
@@ -57,11 +65,13 @@ class LM(nnx.Module):
         self.blocks = nnx.vmap(lambda layer_rngs: Block(cfg, layer_rngs))(rngs.split(cfg["layers"]))
         self.final_norm = RMSNorm(cfg["d_model"], cfg["norm_eps"])
         if not cfg["tied"]:
-            self.head = init.matrix(rngs, cfg["d_model"], cfg["vocab"])
+            gain = parametrization.vocabulary_gain(cfg)
+            self.head = init.matrix(rngs, cfg["d_model"], cfg["vocab"], gain)
         self.tied = cfg["tied"]
         self.layers = cfg["layers"]
         self.head_dim, self.rope_theta = cfg["head_dim"], cfg["rope_theta"]
         self.soft_cap = cfg["logits_soft_cap"]
+        self.multiplier = parametrization.logit_multiplier(cfg)
         self.cross_document = cfg["cross_document"]
         self.dtype = jnp.dtype(cfg["dtype"])
         self.unroll, self.remat = unroll, remat
@@ -85,7 +95,7 @@ class LM(nnx.Module):
         x_BTD = self.embed(inputs_BT)
         x_BTD = self.run_blocks(x_BTD, rope, segment_ids_BT)
         head_DV = self.embed.table[...].T if self.tied else self.head[...]
-        return self.final_norm(x_BTD), head_DV
+        return times(self.multiplier, self.final_norm(x_BTD)), head_DV
 
     def run_blocks(self, x_BTD, rope, segment_ids_BT):
         """All layers, one after the other: one scanned body, or a Python loop when unrolled."""

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from scaling import parametrization
 from scaling.models import init
 
 
@@ -14,7 +15,7 @@ class SwiGLU(nnx.Module):
         D, F = cfg["d_model"], cfg["ffn_dim"]
         self.gate = init.matrix(rngs, D, F)
         self.up = init.matrix(rngs, D, F)
-        self.down = init.matrix(rngs, F, D, init.residual_gain(cfg["layers"]))
+        self.down = init.matrix(rngs, F, D, init.residual_gain(parametrization.residual_depth(cfg)))
         self.dtype = jnp.dtype(cfg["dtype"])
 
     def __call__(self, x_BTD):
