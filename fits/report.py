@@ -21,6 +21,7 @@ from fits.errors import FitError
 from fits.explorer import embedded, explorer_data, fields, inside
 from fits.fit import Fit
 from fits.fitfile import read_fit, write_whole
+from fits.known import floor_words, known_floor
 
 FRONTIER_POINTS = 7
 """Budgets at which the frontier is computed: exact under C = 6ND, where it is a power law, and under any
@@ -277,6 +278,8 @@ def _context(fit, compared, points, answers, manifest, table, commands) -> dict[
         cells = None if fitted is None else list(fitted["cell"])
         context["warnings"] += study_words.study_warnings(fit, table, dropped)
         context["checklist"] += study_words.study_checklist(manifest, table)
+        truth = known_floor(manifest, fit)
+        context["checklist"] += [["Known floor", floor_words(truth)]] if truth else []
         context |= {
             "sizes": study_words.sizes_table(table),
             "dropped": study_words.dropped_table(dropped) if dropped else None,

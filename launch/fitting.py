@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 import fits
+from fits.known import floor_words, known_floor
 from scaling.config import ConfigError
 from scaling.files import StudyError, read_json, write_json
 from scaling.flops import ledger
@@ -29,6 +30,7 @@ class Fitted:
     fit: fits.Fit
     approaches: object | None
     why_not: str | None
+    truth: dict | None = None  # what is known of a study on a synthetic source; see ``fits.known``
 
 
 def is_study(path: Path) -> bool:
@@ -46,8 +48,9 @@ def fit(table: Path, options: dict) -> Fitted:
         **{k: options[k] for k in FIT_OPTIONS},
     )
     result = fits.fit_table(rows, options["law"], fixed=fixed, source=str(table), **settings)
+    truth = known_floor(read_manifest(table), result) if is_study(table) else None
     if set(result.law.variables) != {"N", "D"}:
-        return Fitted(result, None, f"the law {result.law.name} is not in N and D")
+        return Fitted(result, None, f"the law {result.law.name} is not in N and D", truth)
     try:
         compared = fits.approaches(
             rows,
@@ -56,8 +59,8 @@ def fit(table: Path, options: dict) -> Fitted:
             **reading,
         )
     except fits.FitError as error:
-        return Fitted(result, None, str(error))
-    return Fitted(result, compared, None)
+        return Fitted(result, None, str(error), truth)
+    return Fitted(result, compared, None, truth)
 
 
 FIT_OPTIONS = (
@@ -124,12 +127,19 @@ def command_line() -> str:
 
 def as_json(fitted: Fitted) -> dict:
     compared = None if fitted.approaches is None else fitted.approaches.to_dict()
-    return {"fit": fitted.fit.to_dict(), "approaches": compared, "approaches_refused": fitted.why_not}
+    return {
+        "fit": fitted.fit.to_dict(),
+        "approaches": compared,
+        "approaches_refused": fitted.why_not,
+        "known_floor": fitted.truth,
+    }
 
 
 def show(console: Console, fitted: Fitted, path: Path) -> None:
     """Prints the law, its doubts first, then the comparison."""
     console.print(fitted.fit)
+    if fitted.truth is not None:
+        console.print(floor_words(fitted.truth), soft_wrap=True)
     if fitted.approaches is not None:
         console.print(fitted.approaches)
     else:

@@ -125,6 +125,11 @@ def plan(console: Console, manifest: dict, estimate: dict | None, study: Path, o
         f"data: {si(data['unique_tokens'])} training tokens, {si(data['heldout_tokens'])} held out, "
         f"vocabulary {data['vocab']}, fingerprint {data['fingerprint'][:12]}"
     )
+    if "ideal_loss" in data:
+        console.print(
+            f"the source's entropy rate is {data['entropy_rate']:.5f} nats per token; a perfect model's expected "
+            f"held-out loss is {data['ideal_loss']:.5f}"
+        )
     console.print(f"total: {total:.4g} FLOPs (exact: causal attention, forward and backward)")
     saved = saving(manifest["cells"])
     if saved is not None:
@@ -153,6 +158,7 @@ def data_facts(dataset, seq: int) -> dict:
     from scaling.data import Stream
 
     one_pass = Stream(dataset.train, seq, 1, 0).samples_per_epoch * seq
+    known = {"entropy_rate": dataset.entropy_rate, "ideal_loss": dataset.ideal_loss}
     return {
         "fingerprint": dataset.fingerprint,
         "vocab": dataset.vocab,
@@ -160,6 +166,7 @@ def data_facts(dataset, seq: int) -> dict:
         "heldout_tokens": len(dataset.heldout),
         "bytes_per_token": dataset.bytes_per_token,
         "describe": dataset.describe(),
+        **{key: value for key, value in known.items() if value is not None},
     }
 
 

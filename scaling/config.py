@@ -20,6 +20,13 @@ from typing import Any
 
 SCHEMA_VERSION = 1
 REQUIRED = object()
+FILE_SOURCES = ("stdlib", "text", "tokens")
+SYNTHETIC_SOURCES = {
+    "markov": ("tokens", "vocab", "order", "concentration", "document"),
+    "random_walk": ("tokens", "vocab", "degree", "zipf", "concentration", "document"),
+    "grammar": ("tokens", "vocab", "depth", "branching", "rules", "concentration"),
+}
+"""Sources of known entropy rate, and the fields of ``data`` that each takes."""
 
 
 class ConfigError(ValueError):
@@ -98,13 +105,26 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "base_head_dim": _positive_int(None, optional=True, later=True),
     },
     "data": {
-        "source": _choice("stdlib", "text", "tokens", default="stdlib"),
+        "source": _choice(*FILE_SOURCES, *SYNTHETIC_SOURCES, "mixture", default="stdlib"),
         "path": Field(str, lambda x: bool(x), "a folder", None, optional=True, hashed=False),
         "seq": Field(int, lambda x: x > 1, "an integer above 1", 128),
         "heldout_fraction": Field(float, lambda x: 0 < x < 1, "a number strictly between 0 and 1", 0.05),
         "unique_tokens": _positive_int(None, optional=True),
         "seed": _count(0),
         "fingerprint": Field(str, lambda x: bool(x), "the data's content hash", None, optional=True),
+        # of the synthetic sources (docs/data.md): train and held-out tokens together, token ids, and the rest
+        "tokens": _positive_int(2**22, later=True),
+        "vocab": Field(int, lambda x: 1 < x <= 2**20, "an integer from 2 to 2^20", 256, later=True),
+        "order": Field(int, lambda x: 0 < x <= 16, "an integer from 1 to 16", 1, later=True),
+        "degree": Field(float, lambda x: x >= 2, "a number of neighbours, 2 or above", 6.0, later=True),
+        "zipf": Field(float, lambda x: 0 <= x <= 4, "a number from 0 to 4", 0.0, later=True),
+        "concentration": Field(
+            float, lambda x: 0.01 <= x <= 1e6, "a number from 0.01 to 1e6", 1.0, optional=True, later=True
+        ),
+        "document": Field(int, lambda x: x > 16, "an integer above 16", 1024, later=True),
+        "depth": _positive_int(4, later=True),
+        "branching": Field(int, lambda x: x > 1, "an integer above 1", 2, later=True),
+        "rules": _positive_int(4, later=True),
     },
     "optim": {
         "name": _choice("adamw", "lion", "muon", "schedule_free", default="adamw"),
@@ -216,9 +236,23 @@ def validate_section(section: str, given: Any) -> dict:
         out[key] = check_field(f"{section}.{key}", field, value)
     if section == "model":
         check_model(out)
-    if section == "data" and out["source"] != "stdlib" and not out["path"]:
-        raise ConfigError(f"data.path is None; data.source = {out['source']!r} needs a folder")
+    if section == "data":
+        check_data(out)
     return out
+
+
+def check_data(data: Mapping) -> None:
+    """Raises ``ConfigError`` where a source lacks what it needs, or is given what only another one reads."""
+    source = data["source"]
+    if source in ("text", "tokens") and not data["path"]:
+        raise ConfigError(f"data.path is None; data.source = {source!r} needs a folder")
+    for key in {key for keys in SYNTHETIC_SOURCES.values() for key in keys}:
+        if key not in SYNTHETIC_SOURCES.get(source, ()) and data[key] != SCHEMA["data"][key].default:
+            readers = " or ".join(repr(name) for name, keys in SYNTHETIC_SOURCES.items() if key in keys)
+            raise ConfigError(
+                f"data.{key} is {data[key]!r} with data.source = {source!r}, which does not read it; "
+                f"it is for {readers}"
+            )
 
 
 def check_model(model: Mapping) -> None:

@@ -9,8 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from scaling.config import SCHEMA, ConfigError, canonical_json, check_field, check_keys
-from scaling.data import shard_index, shards, text
+from scaling.config import (
+    SCHEMA,
+    SYNTHETIC_SOURCES,
+    ConfigError,
+    canonical_json,
+    check_data,
+    check_field,
+    check_keys,
+)
+from scaling.data import shard_index, shards, synthetic, text
 from scaling.data.cache import cached
 from scaling.data.tokens import Tokens
 
@@ -28,8 +36,12 @@ class Dataset:
       vocab: token ids are below it.
       fingerprint: 32 hex digits of SHA-256 over every document's tokens and length, in order, train and
         held-out apart. It is taken before ``data.unique_tokens`` cuts the training part.
-      bytes_per_token: text bytes over tokens, of the held-out documents; 1.0 where tokens are bytes.
+      bytes_per_token: text bytes over tokens, of the held-out documents; 1.0 where tokens are bytes or
+        synthetic (bits per byte are then bits per token).
       facts: what ``describe`` returns.
+      entropy_rate: nats per token of a synthetic source, exact; None where it is not known.
+      ideal_loss: expected loss of the true model on the held-out rows of ``data.seq`` inputs, in nats per
+        target: what a fitted floor E should come to; None where it is not known.
     """
 
     train: Tokens
@@ -38,6 +50,8 @@ class Dataset:
     fingerprint: str
     bytes_per_token: float
     facts: dict = dataclasses.field(repr=False)
+    entropy_rate: float | None = None
+    ideal_loss: float | None = None
 
     def describe(self) -> dict:
         """Counts and settings for a report, as JSON values."""
@@ -62,21 +76,28 @@ def open_data(data_cfg: Mapping) -> Dataset:
         key: check_field(f"data.{key}", field, data_cfg.get(key, field.default))
         for key, field in SCHEMA["data"].items()
     }
-    if cfg["source"] == "stdlib":
-        path = text.stdlib_folder()
-    elif not cfg["path"]:
-        raise ConfigError(f"data.path is None; data.source = {cfg['source']!r} needs a folder")
-    else:
+    check_data(cfg)
+    path = text.stdlib_folder() if cfg["source"] == "stdlib" else None
+    if cfg["source"] in ("text", "tokens"):
         path = Path(cfg["path"]).expanduser().absolute()
-    opened = _open_shards(path, cfg) if cfg["source"] == "tokens" else _open_bytes(path, cfg)
+    if cfg["source"] in SYNTHETIC_SOURCES:
+        opened = _open_synthetic(cfg)
+    else:
+        opened = _open_shards(path, cfg) if cfg["source"] == "tokens" else _open_bytes(path, cfg)
     train, heldout, vocab, about = opened
     if cfg["fingerprint"] not in (None, about["fingerprint"]):
         raise ConfigError(
-            f"data.fingerprint is {cfg['fingerprint']!r}; the data in {str(path)!r} have "
+            f"data.fingerprint is {cfg['fingerprint']!r}; the data in {str(path or cfg['source'])!r} have "
             f"{about['fingerprint']!r}, so they changed (or another Python's library is read) since the "
             "study was planned: restore them, or plan the study again"
         )
-    facts = {"source": cfg["source"], "path": str(path), "seed": cfg["seed"], "vocab": vocab, **about}
+    facts = {
+        "source": cfg["source"],
+        "path": path and str(path),
+        "seed": cfg["seed"],
+        "vocab": vocab,
+        **about,
+    }
     total = len(train) + len(heldout)
     facts |= {"tokens": total, "heldout_share": len(heldout) / total, "unique_tokens": cfg["unique_tokens"]}
     if cfg["unique_tokens"] is not None:
@@ -88,7 +109,8 @@ def open_data(data_cfg: Mapping) -> Dataset:
         train = train.prefix(cfg["unique_tokens"])
     for part, tokens in (("train", train), ("heldout", heldout)):
         facts |= {f"{part}_tokens": len(tokens), f"{part}_documents": tokens.documents}
-    return Dataset(train, heldout, vocab, about["fingerprint"], about["bytes_per_token"], facts)
+    known = {key: facts.get(key) for key in ("entropy_rate", "ideal_loss")}
+    return Dataset(train, heldout, vocab, about["fingerprint"], about["bytes_per_token"], facts, **known)
 
 
 def _key(**decides) -> str:
@@ -107,6 +129,18 @@ def _open_bytes(path: Path, cfg: dict) -> tuple[Tokens, Tokens, int, dict]:
     if cfg["source"] == "stdlib":
         about = {"python": text.stdlib_python(), **about}
     return *parts, text.VOCAB, about
+
+
+def _open_synthetic(cfg: dict) -> tuple[Tokens, Tokens, int, dict]:
+    folder, about = cached(
+        _key(**synthetic.decides(cfg)), lambda out: synthetic.build_synthetic(cfg, out=out)
+    )
+    train, heldout = (
+        Tokens(np.load(folder / f"{part}.npy", mmap_mode="r"), np.load(folder / f"{part}_offsets.npy"))
+        for part in ("train", "heldout")
+    )
+    about = {**about, "ideal_loss": synthetic.ideal_loss(heldout, cfg["seq"], about)}
+    return train, heldout, cfg["vocab"], about
 
 
 def _open_shards(path: Path, cfg: dict) -> tuple[Tokens, Tokens, int, dict]:
