@@ -13,8 +13,8 @@ def known_floor(manifest: Mapping, fit: Any) -> dict | None:
       manifest: the study's. fit: a ``Fit`` of its run table.
 
     Returns:
-      ``ideal_loss`` (a perfect model's expected held-out loss) and ``entropy_rate``, nats per token; ``E``, its
-      95 % interval and whether that holds ``ideal_loss``. None for other data, and for laws without E.
+      ``ideal_loss`` (a perfect model's expected held-out loss) and ``entropy_rate``, nats per token; ``E``,
+      its 95 % interval and whether that holds ``ideal_loss``. None for other data, and for laws without E.
     """
     data = manifest.get("data") or {}
     if "ideal_loss" not in data or "E" not in fit.intervals:
@@ -34,7 +34,8 @@ def floor_words(truth: Mapping) -> str:
     """``known_floor`` as a sentence."""
     words = (
         f"known: a perfect model's held-out loss is {truth['ideal_loss']:.5f} (the source's entropy rate is "
-        f"{truth['entropy_rate']:.5f}); the fitted E is {truth['E']:.5f}, {truth['E'] - truth['ideal_loss']:+.5f}"
+        f"{truth['entropy_rate']:.5f}); the fitted E is {truth['E']:.5f}, "
+        f"{truth['E'] - truth['ideal_loss']:+.5f}"
     )
     if truth["holds"] is None:
         return words

@@ -127,8 +127,8 @@ def plan(console: Console, manifest: dict, estimate: dict | None, study: Path, o
     )
     if "ideal_loss" in data:
         console.print(
-            f"the source's entropy rate is {data['entropy_rate']:.5f} nats per token; a perfect model's expected "
-            f"held-out loss is {data['ideal_loss']:.5f}"
+            f"the source's entropy rate is {data['entropy_rate']:.5f} nats per token; a perfect model's "
+            f"expected held-out loss is {data['ideal_loss']:.5f}"
         )
     console.print(f"total: {total:.4g} FLOPs (exact: causal attention, forward and backward)")
     saved = saving(manifest["cells"])
@@ -155,15 +155,17 @@ def plan(console: Console, manifest: dict, estimate: dict | None, study: Path, o
 
 def data_facts(dataset, seq: int) -> dict:
     """What the manifest keeps of a data set."""
-    from scaling.data import Stream
+    from scaling.data import Mixture, first_repeat
 
-    one_pass = Stream(dataset.train, seq, 1, 0).samples_per_epoch * seq
+    heldout = len(dataset.heldout)
+    if isinstance(dataset.heldout, Mixture):  # as many as can be had in its proportions
+        heldout = first_repeat(dataset.heldout, seq, "held-out") * seq + 1
     known = {"entropy_rate": dataset.entropy_rate, "ideal_loss": dataset.ideal_loss}
     return {
         "fingerprint": dataset.fingerprint,
         "vocab": dataset.vocab,
-        "unique_tokens": int(one_pass),
-        "heldout_tokens": len(dataset.heldout),
+        "unique_tokens": first_repeat(dataset.train, seq) * seq,
+        "heldout_tokens": heldout,
         "bytes_per_token": dataset.bytes_per_token,
         "describe": dataset.describe(),
         **{key: value for key, value in known.items() if value is not None},

@@ -46,6 +46,9 @@ class Field:
     later: bool = False
     """Added after version 1: hashed only where it is not the default, so that older cells keep their ids."""
 
+    content: Callable[[Any], Any] | None = None
+    """What of a value is hashed, where it is not the whole."""
+
     def enters_id(self, value: Any) -> bool:
         """Whether a value of this field is part of the cell's id."""
         return self.hashed and not (self.later and value == self.default)
@@ -78,6 +81,16 @@ def _flag(default: bool) -> Field:
 def _count(default=REQUIRED) -> Field:
     return Field(int, lambda x: 0 <= x < 2**31, "an integer from 0 to 2^31 - 1", default)
 
+
+def _without_paths(components: Any) -> Any:
+    """Components as they are hashed: the data's fingerprint stands for their folders."""
+    if not isinstance(components, list):
+        return components
+    return [{k: v for k, v in c.items() if k != "path"} for c in components]
+
+
+COMPONENT_INHERITS = ("seq", "seed", "heldout_fraction")
+"""Fields of ``data`` that a mixture's component takes from the mixture where it has none itself."""
 
 SCHEMA: dict[str, dict[str, Field]] = {
     "model": {
@@ -125,6 +138,15 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "depth": _positive_int(4, later=True),
         "branching": Field(int, lambda x: x > 1, "an integer above 1", 2, later=True),
         "rules": _positive_int(4, later=True),
+        "components": Field(
+            list,
+            lambda x: len(x) > 1 and all(isinstance(c, Mapping) for c in x),
+            "a list of two mappings or more, {weight, source, ...}",
+            None,
+            optional=True,
+            later=True,
+            content=_without_paths,
+        ),
     },
     "optim": {
         "name": _choice("adamw", "lion", "muon", "schedule_free", default="adamw"),
@@ -244,6 +266,10 @@ def validate_section(section: str, given: Any) -> dict:
 def check_data(data: Mapping) -> None:
     """Raises ``ConfigError`` where a source lacks what it needs, or is given what only another one reads."""
     source = data["source"]
+    if source == "mixture":
+        _check_mixture(data)
+    elif data["components"] is not None:
+        raise ConfigError(f"data.components is given with data.source = {source!r}; it is for 'mixture'")
     if source in ("text", "tokens") and not data["path"]:
         raise ConfigError(f"data.path is None; data.source = {source!r} needs a folder")
     for key in {key for keys in SYNTHETIC_SOURCES.values() for key in keys}:
@@ -253,6 +279,39 @@ def check_data(data: Mapping) -> None:
                 f"data.{key} is {data[key]!r} with data.source = {source!r}, which does not read it; "
                 f"it is for {readers}"
             )
+
+
+def _check_mixture(data: Mapping) -> None:
+    if data["components"] is None:
+        raise ConfigError("data.components is None; data.source = 'mixture' needs a list of two or more")
+    for key in ("path", "unique_tokens"):
+        if data[key] is not None:
+            raise ConfigError(
+                f"data.{key} is {data[key]!r} with data.source = 'mixture'; give it to a component"
+            )
+    for i, component in enumerate(data["components"]):
+        name = f"data.components[{i}]"
+        known = ["weight", *(k for k in SCHEMA["data"] if k not in ("seq", "components", "fingerprint"))]
+        check_keys(name, component, known)
+        weight = component.get("weight")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+            raise ConfigError(f"{name}.weight is {weight!r}; it must be a positive number")
+        if component.get("source") == "mixture":
+            raise ConfigError(f"{name}.source is 'mixture'; a component must be a corpus of its own")
+        path = component.get("path")
+        if isinstance(path, str) and not path.startswith(("/", "~")) and "://" not in path:
+            raise ConfigError(f"{name}.path is {path!r}; it must be absolute, or a URL")
+        component_section(data, component)
+
+
+def component_section(data: Mapping, component: Mapping) -> dict:
+    """The whole ``data`` section of a mixture's component.
+
+    Raises:
+      ConfigError: as ``validate_section``.
+    """
+    given = {key: data[key] for key in COMPONENT_INHERITS}
+    return validate_section("data", given | {k: v for k, v in component.items() if k != "weight"})
 
 
 def check_model(model: Mapping) -> None:
@@ -311,7 +370,11 @@ def canonical_json(value: Any) -> str:
 def cell_id(cell: Mapping) -> str:
     """The cell's id: 16 hex digits of SHA-256 over the canonical JSON of every hashed field."""
     hashed = {
-        section: {k: cell[section][k] for k, field in fields.items() if field.enters_id(cell[section][k])}
+        section: {
+            k: cell[section][k] if field.content is None else field.content(cell[section][k])
+            for k, field in fields.items()
+            if field.enters_id(cell[section][k])
+        }
         for section, fields in SCHEMA.items()
     }
     # a section of later fields alone, all of them at their defaults, is not there

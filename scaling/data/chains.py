@@ -36,7 +36,7 @@ class Chain:
     facts: dict
 
     def conditional_entropies(self) -> list[float]:
-        """H(X_c+1 | X_1 .. X_c) in nats for c = 1 .. k, of the stationary chain; the last is the entropy rate.
+        """H(X_c+1 | X_1 .. X_c) in nats for c = 1 .. k, of the stationary chain; the last is the rate.
 
         The entropy of a block of c <= k tokens is that of the state's last c digits (chain rule; Cover and
         Thomas 2006, theorem 4.2.4 for the rate).
@@ -63,7 +63,7 @@ class Chain:
         return tokens_NL
 
     def log_probs(self, tokens_NL: np.ndarray) -> np.ndarray:
-        """float64 [N, L - 1]: log-probability of every token but the first, given those before it in its row."""
+        """float64 [N, L - 1]: log-probability of every token but the first, given those before it."""
         tokens_NL = np.asarray(tokens_NL, np.int64)
         columns = []
         state_N = np.zeros(len(tokens_NL), np.int64)

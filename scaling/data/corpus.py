@@ -17,9 +17,11 @@ from scaling.config import (
     check_data,
     check_field,
     check_keys,
+    component_section,
 )
 from scaling.data import shard_index, shards, synthetic, text
 from scaling.data.cache import cached
+from scaling.data.mixture import BLOCK, Mixture, Proportions
 from scaling.data.tokens import Tokens
 
 # Part of every cache key: raise it when the split, the order or the removal of repeats changes.
@@ -35,7 +37,8 @@ class Dataset:
       heldout: the held-out documents; none of their files or documents is in ``train``.
       vocab: token ids are below it.
       fingerprint: 32 hex digits of SHA-256 over every document's tokens and length, in order, train and
-        held-out apart. It is taken before ``data.unique_tokens`` cuts the training part.
+        held-out apart. It is taken before ``data.unique_tokens`` cuts the training part; a mixture's covers
+        its components' fingerprints, shares and cuts.
       bytes_per_token: text bytes over tokens, of the held-out documents; 1.0 where tokens are bytes or
         synthetic (bits per byte are then bits per token).
       facts: what ``describe`` returns.
@@ -44,8 +47,8 @@ class Dataset:
         target: what a fitted floor E should come to; None where it is not known.
     """
 
-    train: Tokens
-    heldout: Tokens
+    train: Tokens | Mixture
+    heldout: Tokens | Mixture
     vocab: int
     fingerprint: str
     bytes_per_token: float
@@ -77,6 +80,8 @@ def open_data(data_cfg: Mapping) -> Dataset:
         for key, field in SCHEMA["data"].items()
     }
     check_data(cfg)
+    if cfg["source"] == "mixture":
+        return _open_mixture(cfg)
     path = text.stdlib_folder() if cfg["source"] == "stdlib" else None
     if cfg["source"] in ("text", "tokens"):
         path = Path(cfg["path"]).expanduser().absolute()
@@ -85,12 +90,7 @@ def open_data(data_cfg: Mapping) -> Dataset:
     else:
         opened = _open_shards(path, cfg) if cfg["source"] == "tokens" else _open_bytes(path, cfg)
     train, heldout, vocab, about = opened
-    if cfg["fingerprint"] not in (None, about["fingerprint"]):
-        raise ConfigError(
-            f"data.fingerprint is {cfg['fingerprint']!r}; the data in {str(path or cfg['source'])!r} have "
-            f"{about['fingerprint']!r}, so they changed (or another Python's library is read) since the "
-            "study was planned: restore them, or plan the study again"
-        )
+    _check_fingerprint(cfg, about["fingerprint"], path)
     facts = {
         "source": cfg["source"],
         "path": path and str(path),
@@ -111,6 +111,46 @@ def open_data(data_cfg: Mapping) -> Dataset:
         facts |= {f"{part}_tokens": len(tokens), f"{part}_documents": tokens.documents}
     known = {key: facts.get(key) for key in ("entropy_rate", "ideal_loss")}
     return Dataset(train, heldout, vocab, about["fingerprint"], about["bytes_per_token"], facts, **known)
+
+
+def _open_mixture(cfg: dict) -> Dataset:
+    opened = [open_data(component_section(cfg, component)) for component in cfg["components"]]
+    proportions = Proportions([component["weight"] for component in cfg["components"]])
+    shares = (proportions.shares_C / BLOCK).tolist()
+    content = [
+        {"share": share, "fingerprint": d.fingerprint, "unique_tokens": d.facts["unique_tokens"]}
+        for share, d in zip(shares, opened, strict=True)
+    ]
+    fingerprint = _key(mixture=content)
+    _check_fingerprint(cfg, fingerprint, None)
+    tokenizers = {d.facts.get("tokenizer") for d in opened} - {None}
+    if len(tokenizers) > 1:
+        raise ConfigError(
+            f"data.components were written with {len(tokenizers)} tokenizers "
+            f"({', '.join(sorted(tokenizers))}); "
+            "a token id must mean the same in all of them"
+        )
+    train, heldout = (
+        Mixture([getattr(d, part) for d in opened], proportions) for part in ("train", "heldout")
+    )
+    ratio = sum(share * d.bytes_per_token for share, d in zip(shares, opened, strict=True))
+    vocab, total = max(d.vocab for d in opened), len(train) + len(heldout)
+    facts = {"source": "mixture", "path": None, "seed": cfg["seed"], "vocab": vocab}
+    facts |= {"fingerprint": fingerprint, "bytes_per_token": ratio, "tokens": total}
+    facts |= {"heldout_share": len(heldout) / total, "unique_tokens": None}
+    for part, tokens in (("train", train), ("heldout", heldout)):
+        facts |= {f"{part}_tokens": len(tokens), f"{part}_documents": tokens.documents}
+    facts["components"] = [{"share": s, **d.facts} for s, d in zip(shares, opened, strict=True)]
+    return Dataset(train, heldout, vocab, fingerprint, ratio, facts)
+
+
+def _check_fingerprint(cfg: dict, found: str, path: Path | None) -> None:
+    if cfg["fingerprint"] not in (None, found):
+        raise ConfigError(
+            f"data.fingerprint is {cfg['fingerprint']!r}; the data in {str(path or cfg['source'])!r} have "
+            f"{found!r}, so they changed (or another Python's library is read) since the "
+            "study was planned: restore them, or plan the study again"
+        )
 
 
 def _key(**decides) -> str:

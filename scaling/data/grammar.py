@@ -5,12 +5,12 @@ Every document is one derivation of ``depth`` levels. At each level a symbol (on
 are the tokens, so a document has branching^depth of them. With equal probabilities this is the random
 hierarchy model of Cagnetta et al. 2024.
 
-The grammar is unambiguous. Within a level the right-hand sides of all V x rules productions differ, so a tuple
-of ``branching`` symbols tells which production made it. All derivations have one shape, so the tuples of a
-string are known: bottom-up, each level follows from the one below, and a string has one derivation. The map
-from derivations to strings is thus a bijection onto its image, and the entropy of the string is that of the
-derivation: that of the root, plus for each level the expected number of nodes of each symbol times the entropy
-of its choice of a production.
+The grammar is unambiguous. Within a level the right-hand sides of all V x rules productions differ, so a
+tuple of ``branching`` symbols tells which production made it. All derivations have one shape, so the tuples
+of a string are known: bottom-up, each level follows from the one below, and a string has one derivation. The
+map from derivations to strings is thus a bijection onto its image, and the entropy of the string is that of
+the derivation: that of the root, plus for each level the expected number of nodes of each symbol times the
+entropy of its choice of a production.
 """
 
 from __future__ import annotations

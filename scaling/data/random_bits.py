@@ -1,4 +1,4 @@
-"""Random numbers that are a function of (seed, purpose, counter): alike on every platform and NumPy version."""
+"""Random numbers that are a function of (seed, purpose, counter), alike on every platform."""
 
 from __future__ import annotations
 

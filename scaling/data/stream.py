@@ -9,6 +9,9 @@ The first token of a document is never predicted (its loss mask is 0). No token 
 document, so its loss would measure how documents happen to follow each other; a vocabulary of 256 bytes
 has no spare id for a begin-of-document token. A tokenised corpus may begin its documents with one: it is
 then an input like any other, and the document's first real token is learnt after it.
+
+Of a mixture, sample i is number j of a component (``mixture.Proportions``), and j stands for i above: every
+component has its own rows, order and epochs.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from scaling.config import ConfigError
+from scaling.data.mixture import Mixture, Proportions
 from scaling.data.permutation import permute
 from scaling.data.tokens import Tokens
 
@@ -61,16 +65,29 @@ def _rows_of(tokens: Tokens, seq: int, which: str) -> int:
     return rows
 
 
+def first_repeat(tokens: Tokens | Mixture, seq: int, which: str = "training") -> int:
+    """How many rows of ``seq`` a stream takes before it takes one again; of a mixture, one of any component.
+
+    Raises:
+      ConfigError: the tokens (or a component's) fill no row.
+    """
+    if not isinstance(tokens, Mixture):
+        return _rows_of(tokens, seq, which)
+    rows = [_rows_of(part, seq, f"{which} (components[{c}])") for c, part in enumerate(tokens.parts)]
+    return min(tokens.proportions.sample_of(c, n) for c, n in enumerate(rows))
+
+
 class Stream:
     """Training batches by step number.
 
     Attributes:
-      samples_per_epoch: S, the rows that the tokens hold.
-      dropped_tokens: tokens at the end that fill no row; they are never a target, in any epoch.
-      masked_targets: targets an epoch whose loss mask is 0 (the first tokens of documents).
+      samples_per_epoch: S, the rows that the tokens hold; of a mixture, the samples until the first row of
+        any component comes again.
+      dropped_tokens: tokens at the end (of each component) that fill no row; they are never a target.
+      masked_targets: targets in one pass over every row whose loss mask is 0 (the first tokens of documents).
     """
 
-    def __init__(self, tokens: Tokens, seq: int, batch: int, seed: int, shuffle: bool = True):
+    def __init__(self, tokens: Tokens | Mixture, seq: int, batch: int, seed: int, shuffle: bool = True):
         """Sets up the stream; reads nothing.
 
         Args:
@@ -92,32 +109,60 @@ class Stream:
             if not least <= value <= most:
                 raise ConfigError(f"{name} is {value}; it must be from {least} to {most}")
         self.tokens, self.seq, self.batch, self.seed, self.shuffle = tokens, seq, batch, seed, shuffle
-        self.samples_per_epoch = _rows_of(tokens, seq, "training")
-        used = self.samples_per_epoch * seq
-        self.dropped_tokens = len(tokens) - 1 - used
-        self.masked_targets = int(np.searchsorted(tokens.offsets[1:-1], used, side="right"))
+        self.samples_per_epoch = first_repeat(tokens, seq)
+        if isinstance(tokens, Mixture):
+            parts, self._begin_C, self._proportions = tokens.parts, tokens.begin_C, tokens.proportions
+        else:
+            parts, self._begin_C, self._proportions = (tokens,), np.zeros(1, np.int64), Proportions([1.0])
+        self._rows_C = np.array([(len(part) - 1) // seq for part in parts], np.int64)
+        self._first_row_C = np.cumsum(self._rows_C) - self._rows_C
+        used_C = self._rows_C * seq
+        self.dropped_tokens = sum(len(part) - 1 - int(n) for part, n in zip(parts, used_C, strict=True))
+        self.masked_targets = sum(
+            int(np.searchsorted(part.offsets[1:-1], n, side="right"))
+            for part, n in zip(parts, used_C, strict=True)
+        )
         self._order = (0, np.zeros(0, np.int64))
 
+    def component_epochs_at(self, step: int) -> list[float]:
+        """Passes over each component (of one corpus: over it) in the steps before ``step``."""
+        return (self._proportions.counts(step * self.batch) / self._rows_C).tolist()
+
     def epochs_at(self, step: int) -> float:
-        """Passes over the data in the steps before ``step``."""
-        return step * self.batch / self.samples_per_epoch
+        """Passes over the data before ``step``; of a mixture, over its most repeated component."""
+        return max(self.component_epochs_at(step))
 
     def unique_tokens_at(self, step: int) -> int:
         """Distinct places of the corpus that were targets in the steps before ``step``."""
-        return min(step * self.batch, self.samples_per_epoch) * self.seq
+        return int(np.minimum(self._proportions.counts(step * self.batch), self._rows_C).sum()) * self.seq
 
     def rows_at(self, step: int) -> np.ndarray:
-        """int64 [B]: which rows of the corpus the batch at ``step`` holds."""
+        """int64 [B]: which rows the batch at ``step`` holds; a mixture's are numbered through."""
         first = step * self.batch
         begin, order = self._order
         if not (begin <= first and first + self.batch <= begin + order.size):
-            sample = np.arange(first, first + max(self.batch, _ORDER_BLOCK), dtype=np.int64)
-            epoch, order = np.divmod(sample, self.samples_per_epoch)
-            if self.shuffle:
-                order = permute(order, self.samples_per_epoch, self.seed, epoch)
             begin = first
+            order = self._rows_of_samples(
+                np.arange(first, first + max(self.batch, _ORDER_BLOCK), dtype=np.int64)
+            )
             self._order = (begin, order)  # one assignment, so that a second thread sees a whole pair
         return order[first - begin : first - begin + self.batch]
+
+    def _rows_of_samples(self, sample: np.ndarray) -> np.ndarray:
+        component, number = (
+            self._proportions.place(sample) if self._rows_C.size > 1 else (np.zeros_like(sample), sample)
+        )
+        epoch, row = np.divmod(number, self._rows_C[component])
+        if self.shuffle:
+            for c, rows in enumerate(self._rows_C.tolist()):
+                here = component == c
+                row[here] = permute(row[here], rows, self.seed, epoch[here])
+        return row + self._first_row_C[component]
+
+    def _begins(self, row_B: np.ndarray) -> np.ndarray:
+        """int64 [B]: the place of each row's first token."""
+        component_B = np.searchsorted(self._first_row_C, row_B, side="right") - 1
+        return self._begin_C[component_B] + (row_B - self._first_row_C[component_B]) * self.seq
 
     def batch_at(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
         """The batch at ``step``, or some of its rows (those of one host).
@@ -131,7 +176,7 @@ class Stream:
         """
         if step < 0:
             raise ValueError(f"step is {step}; it must be zero or above")
-        return pack(*self.tokens.rows(self.rows_at(step)[rows] * self.seq, self.seq + 1))
+        return pack(*self.tokens.rows(self._begins(self.rows_at(step)[rows]), self.seq + 1))
 
     def iterate(
         self, start_step: int, stop_step: int, prefetch: int = 2, rows: slice = slice(None)
@@ -188,11 +233,13 @@ class Batches(Iterator):
         self.close()
 
 
-def heldout_batches(tokens: Tokens, seq: int, batch: int, sequences: int) -> list[dict[str, np.ndarray]]:
+def heldout_batches(
+    tokens: Tokens | Mixture, seq: int, batch: int, sequences: int
+) -> list[dict[str, np.ndarray]]:
     """A fixed evaluation set: ``sequences`` rows spread evenly over the held-out documents.
 
     Args:
-      tokens: the held-out documents.
+      tokens: the held-out documents; of a mixture, rows are taken in its proportions, component by component.
       seq: T, inputs in a row.
       batch: B, rows in each batch.
       sequences: how many rows in all; no row is taken twice.
@@ -204,17 +251,29 @@ def heldout_batches(tokens: Tokens, seq: int, batch: int, sequences: int) -> lis
     Raises:
       ConfigError: the held-out documents hold fewer rows than ``sequences``.
     """
-    available = _rows_of(tokens, seq, "held-out")
+    available = first_repeat(tokens, seq, "held-out")
     if not 1 <= sequences <= available:
         raise ConfigError(
             f"eval.sequences is {sequences}; the held-out documents hold {available} rows of {seq} tokens; "
             f"it must be from 1 to {available} (or raise data.heldout_fraction)"
         )
-    # The middles of equal spans: integer arithmetic, exact for any size.
-    row = (2 * np.arange(sequences, dtype=np.int64) + 1) * available // (2 * sequences)
+    if isinstance(tokens, Mixture):
+        counts = tokens.proportions.counts(sequences).tolist()
+        begins = [
+            begin + _spread(count, (len(part) - 1) // seq) * seq
+            for begin, count, part in zip(tokens.begin_C, counts, tokens.parts, strict=True)
+        ]
+        begin_S = np.concatenate(begins)
+    else:
+        begin_S = _spread(sequences, available) * seq
     batches = []
     for first in range(0, sequences, batch):
-        part = pack(*tokens.rows(row[first : first + batch] * seq, seq + 1))
+        part = pack(*tokens.rows(begin_S[first : first + batch], seq + 1))
         short = batch - part["inputs"].shape[0]
         batches.append({k: np.pad(v, ((0, short), (0, 0))) for k, v in part.items()} if short else part)
     return batches
+
+
+def _spread(count: int, available: int) -> np.ndarray:
+    """int64 [count]: the middles of equal spans of 0 .. available - 1, in integers: exact for any size."""
+    return (2 * np.arange(count, dtype=np.int64) + 1) * available // (2 * max(count, 1))

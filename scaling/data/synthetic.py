@@ -72,8 +72,9 @@ def build_synthetic(cfg: dict, out: Path) -> dict:
     counts = {"heldout": heldout, "train": cfg["tokens"] // length - heldout}
     if min(counts.values()) < 1:
         raise ConfigError(
-            f"data.tokens is {cfg['tokens']} with data.heldout_fraction = {cfg['heldout_fraction']:g}; documents "
-            f"of this source have {length} tokens, and at least one must be held out and one left to train on"
+            f"data.tokens is {cfg['tokens']} with data.heldout_fraction = {cfg['heldout_fraction']:g}; "
+            f"documents of this source have {length} tokens, and at least one must be held out and one left "
+            "to train on"
         )
     dtype = np.uint8 if cfg["vocab"] <= 2**8 else np.uint16 if cfg["vocab"] <= 2**16 else np.uint32
     digest = hashlib.sha256(f"documents of {np.dtype(dtype).name}".encode())
@@ -110,8 +111,8 @@ def ideal_loss(heldout: Tokens, seq: int, about: dict) -> float:
     entropies = np.array(about["entropies"])
     if "aligned" in about and seq % about["aligned"]:
         raise ConfigError(
-            f"data.seq is {seq}; it must be a multiple of data.branching^data.depth = {about['aligned']}, so that "
-            "a row holds whole documents of the grammar"
+            f"data.seq is {seq}; it must be a multiple of data.branching^data.depth = {about['aligned']}, "
+            "so that a row holds whole documents of the grammar"
         )
     if entropies.size == 1:
         return float(entropies[0])

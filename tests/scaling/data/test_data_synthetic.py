@@ -1,4 +1,4 @@
-"""Sources of known entropy rate: their entropies against enumeration, and against the true model's own score."""
+"""Sources of known entropy rate, against enumeration and against the true model's own score."""
 
 import itertools
 import math
@@ -73,7 +73,7 @@ def test_conditional_entropies_against_every_block():
 def test_uniform_walk_is_the_textbook_one():
     chain = random_walk(300, 6.0, 0.0, None, 0)
     degree = np.diff(chain.rows.begin_S)
-    # weights are 1, or whole numbers where edges coincide; without those, pi is the degree over twice the edges
+    # weights are 1, or whole numbers where edges coincide
     simple = np.flatnonzero(np.isclose(chain.rows.prob_E, 1 / np.repeat(degree, degree)))
     assert simple.size > 0.8 * chain.next_E.size
     assert chain.facts["edges"] == chain.next_E.size // 2
