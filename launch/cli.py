@@ -81,6 +81,10 @@ def cli() -> None:
       scaling next studies/quickstart --budget 1e13    which run teaches most per FLOP
       scaling select studies/quickstart          which law forecasts best
 
+    \b
+    The models themselves:
+      scaling export studies/quickstart          the best one for Hugging Face transformers
+
     Exit codes: 0 done; 1 some cells failed or the fit cannot be trusted; 2 bad input, said in one sentence.
     """
 
@@ -273,6 +277,26 @@ def collect(study, out, wandb_dir, as_json):
         value,
         lambda: console.print(f"{len(table)} rows ({said}) written to {where}", soft_wrap=True),
     )
+
+
+@cli.command()
+@click.argument("study", type=click.Path(path_type=Path))
+@click.option("--cell", default="best", show_default=True, metavar="ID|best|last", help="Which cell.")
+@click.option("--out", type=click.Path(path_type=Path), help="New folder (default: STUDY/export/ID).")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json to put beside them.")
+@json_option
+def export(study, cell, out, dtype, tokenizer, as_json):
+    """Write a trained cell of STUDY in Hugging Face's format (Llama, Mistral or Qwen3).
+
+    best: the lowest held-out loss; last: the cell that finished last. Weights come from the cell's newest
+    checkpoint. Load the folder with transformers' AutoModelForCausalLM.from_pretrained.
+    """
+    from launch.export import export_cell
+
+    done = export_cell(study, cell, out, dtype=dtype, tokenizer=tokenizer)
+    said = "cell {cell}, step {step} of {steps}, as {architecture} in {dtype}: {folder}".format(**done)
+    emit(as_json, done, lambda: console.print(said, soft_wrap=True))
 
 
 def fit_options(command):
