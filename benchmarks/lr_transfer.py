@@ -196,7 +196,8 @@ def report(found: dict) -> str:
 
 `python benchmarks/lr_transfer.py`, {found["device"]},
 {found["cpu_seconds"]} CPU seconds on a busy machine. Bytes of Python's standard library, {LAYERS} layers,
-head size {HEAD_DIM}, tied, query-key norm; {tokens:,} tokens a run ({found["steps"]} steps of {BATCH} x {SEQ}),
+head size {HEAD_DIM}, tied, query-key norm; {tokens:,} tokens a run ({found["steps"]} steps of {BATCH} x
+{SEQ}),
 WSD, {found["seeds"]} seeds, learning rates 2^{LOG2_LRS[0]} to 2^{LOG2_LRS[-1]} by factors of 2. muP's base is
 the narrowest, where both are the same cells.
 

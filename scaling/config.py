@@ -224,6 +224,11 @@ def validate_cell(cell: Mapping) -> dict:
             f"it must be less than train.steps = {out['train']['steps']}"
         )
     check_optimizer(out["optim"], out["schedule"])
+    if out["optim"]["name"] == "muon" and out["model"]["parametrization"] != "standard":
+        raise ConfigError(
+            f"optim.name is 'muon' with model.parametrization = {out['model']['parametrization']!r}; those "
+            "rules are for Adam's updates, and Muon's have their own size already: use 'standard'"
+        )
     return out
 
 

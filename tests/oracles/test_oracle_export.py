@@ -101,7 +101,7 @@ def test_shards_and_bfloat16(tmp_path):
 
 
 def test_generation_goes_on_past_any_token(tmp_path):
-    """Greedy tokens with transformers' cache are ours; no token ends the text, as 2 does by Llama's default."""
+    """Greedy tokens with transformers' cache are ours; no token ends the text, as Llama's 2 does."""
     cell, apply, params = trained(qk_norm=False)
     model = load(export_model(params, cell, tmp_path / "hf"))
     start = TOKENS[:1, :4]

@@ -300,3 +300,15 @@ def test_schedule_free_refuses_a_decay():
         validate_cell({**cell, "optim": {**cell["optim"], "name": "schedule_free"}})
     with pytest.raises(ConfigError, match="optim.beta1 is 0"):
         cell_of("schedule_free", beta1=0.0)
+
+
+def test_muon_has_no_adam_parametrisation():
+    cell = {
+        "model": {"d_model": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "ffn_dim": 24},
+        "optim": {"lr": 1e-2, "name": "muon"},
+        "schedule": {"warmup_steps": 1},
+        "train": {"batch": 2, "steps": 4},
+    }
+    cell["model"] |= {"parametrization": "mup", "base_d_model": 8}
+    with pytest.raises(ConfigError, match="optim.name is 'muon' with model.parametrization = 'mup'"):
+        validate_cell(cell)
