@@ -121,6 +121,42 @@ def plan(config, study, overrides, grow, dry_run, no_estimate, as_json):
 
 
 @cli.command()
+@click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder for the shards.")
+@click.option("--hub", metavar="NAME", help="Stream a data set of the Hugging Face Hub instead of files.")
+@click.option("--subset", help="Of the Hub's data set.")
+@click.option("--split", default="train", show_default=True, help="Of the Hub's data set.")
+@click.option("--limit", type=click.IntRange(min=1), help="Read so many documents of the Hub's data set.")
+@click.option("--field", default="text", show_default=True, help="Where a JSON line or a row has its text.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json to load.")
+@click.option("--vocab", type=click.IntRange(min=1), help="Train a byte-level BPE of so many ids instead.")
+@click.option("--train-documents", type=click.IntRange(min=1), help="Train it on so many of the first.")
+@click.option("--begin", metavar="TOKEN", is_flag=False, flag_value="<|begintext|>",
+              help="Put this token before each document.")  # fmt: skip
+@click.option("--end", metavar="TOKEN", is_flag=False, flag_value="<|endoftext|>",
+              help="Put this token after each document.")  # fmt: skip
+@click.option(
+    "--shard-tokens",
+    type=click.IntRange(min=1),
+    default=2**28,
+    show_default=True,
+    help="Close a shard at so many tokens.",
+)
+@json_option
+def tokenize(paths, out, hub, subset, split, limit, field, as_json, **options):
+    """Turn text into token shards that `data.source = "tokens"` trains on.
+
+    PATHS are text files (each one document), .jsonl files (each line one) or folders of them; .gz and .zst
+    are read too. Needs the extra `data`: pip install 'scaling[data]'.
+    """
+    from launch import tokenize as work
+
+    documents = work.source(paths, hub, subset, split, field, limit)
+    done = work.tokenize(documents, out, **options)
+    emit(as_json, done, lambda: work.show(console, done))
+
+
+@cli.command()
 @click.argument("study", type=click.Path(path_type=Path))
 @click.option(
     "--cell", "cells", multiple=True, metavar="ID", help="Train only this cell (may be given again)."

@@ -196,4 +196,6 @@ def _open_shards(path: Path, cfg: dict) -> tuple[Tokens, Tokens, int, dict]:
         )
         for part in ("train", "heldout")
     ]
+    if "tokenizer" in manifest:
+        about = {**about, "tokenizer": manifest["tokenizer"]}
     return *parts, manifest["vocab"], about

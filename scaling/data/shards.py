@@ -9,11 +9,14 @@ size (``.npy``). A document never crosses a shard. The manifest::
 
 ``bytes_per_token`` (text bytes over tokens) turns loss into bits per byte. A shard may also name
 ``bytes``: int64 [documents], the text bytes of each document (``.npy``); where all do, the held-out
-documents' own ratio is used instead of the mean over the corpus.
+documents' own ratio is used instead of the mean over the corpus. ``digests`` names a hash of each document
+(uint8 [documents, 16], ``.npy``, ``document_digest``): a remote folder that has them is opened without
+reading its tokens. ``tokenizer`` of the manifest is the fingerprint of the tokenizer that made the ids.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable
@@ -25,8 +28,8 @@ from scaling.config import ConfigError, check_keys
 from scaling.files import write_json
 
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-_MANIFEST_KEYS = ["format", "version", "dtype", "vocab", "bytes_per_token", "shards"]
-_SHARD_KEYS = ["tokens", "count", "documents", "bytes"]
+_MANIFEST_KEYS = ["format", "version", "dtype", "vocab", "bytes_per_token", "shards", "tokenizer"]
+_SHARD_KEYS = ["tokens", "count", "documents", "bytes", "digests"]
 _LARGEST_VOCAB = 2**31 - 1  # batches are int32
 
 
@@ -40,6 +43,7 @@ def write_token_shards(
     dtype: str | None = None,
     shard_tokens: int = 2**28,
     suffix: str = ".npy",
+    tokenizer: str | None = None,
 ) -> Path:
     """Writes documents of token ids as shards with a manifest; the manifest comes last.
 
@@ -52,6 +56,7 @@ def write_token_shards(
       dtype: ``uint16`` or ``uint32``; by default the smaller that holds the vocabulary.
       shard_tokens: a shard is closed when it holds this many tokens or more.
       suffix: ``.npy`` or ``.bin``, the tokens' file format.
+      tokenizer: the fingerprint of the tokenizer, kept in the manifest.
 
     Returns:
       The manifest's path.
@@ -100,6 +105,7 @@ def write_token_shards(
         "vocab": int(vocab),
         "bytes_per_token": float(bytes_per_token) if byte_counts is None else bytes_total / tokens_total,
         "shards": shards,
+        **({} if tokenizer is None else {"tokenizer": tokenizer}),
     }
     check_manifest(manifest, manifest_path)
     write_json(manifest_path, manifest)
@@ -121,10 +127,18 @@ def _write_shard(
     else:
         tokens.tofile(folder / shard["tokens"])
     np.save(folder / shard["documents"], np.cumsum([0, *map(len, documents)], dtype=np.int64))
+    shard["digests"] = f"digests-{number:05d}.npy"
+    digests = b"".join(map(document_digest, documents))
+    np.save(folder / shard["digests"], np.frombuffer(digests, np.uint8).reshape(-1, 16))
     if byte_counts is not None:
         shard["bytes"] = f"bytes-{number:05d}.npy"
         np.save(folder / shard["bytes"], np.array(byte_counts, np.int64))
     return shard
+
+
+def document_digest(tokens: np.ndarray) -> bytes:
+    """16 bytes of BLAKE2b of a document's tokens as they lie on disk."""
+    return hashlib.blake2b(tokens, digest_size=16).digest()
 
 
 def _checked_document(d: int, document, vocab: int, dtype: np.dtype) -> np.ndarray:
@@ -197,6 +211,7 @@ def check_manifest(manifest: dict, path: Path) -> None:
     ratio = get("bytes_per_token")
     is_ratio = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
     need(is_ratio and 0 < ratio < math.inf, "bytes_per_token", ratio, "a positive number")
+    need(isinstance(manifest.get("tokenizer", ""), str), "tokenizer", get("tokenizer"), "a fingerprint")
     need(isinstance(get("shards"), list) and get("shards"), "shards", get("shards"), "a list of shards")
     for i, shard in enumerate(get("shards")):
         need(isinstance(shard, dict), f"shards[{i}]", shard, "a mapping")
@@ -206,9 +221,8 @@ def check_manifest(manifest: dict, path: Path) -> None:
         need(
             shard["tokens"].endswith((".npy", ".bin")), f"shards[{i}].tokens", shard["tokens"], ".npy or .bin"
         )
-        need(
-            isinstance(shard.get("bytes", ""), str), f"shards[{i}].bytes", shard.get("bytes"), "a file's name"
-        )
+        for key in ("bytes", "digests"):
+            need(isinstance(shard.get(key, ""), str), f"shards[{i}].{key}", shard.get(key), "a file's name")
         count = shard.get("count")
         need(_is_int(count) and count > 0, f"shards[{i}].count", count, "a positive integer")
 
