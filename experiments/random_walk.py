@@ -5,8 +5,8 @@ better than the walk's entropy rate, so the fitted E has a true value, and `scal
 node depends on the last one alone: one layer is enough, and width is what limits a model. The batch is the
 same everywhere, since its rounding to powers of two would show in so clean a law.
 
-Measured (2 CPU cores, 4 minutes of CPU time): entropy rate 1.59624 nats per token, fitted E 1.5923 with a 95 %
-interval of 1.5686 to 1.6160; beta 1.005 (0.78 to 1.23), and 1 is what estimating transition counts gives.
+Measured (2 CPU cores, 4 minutes of CPU time): entropy rate 1.59624 nats per token, fitted E 1.5923 with a
+95 % interval of 1.5686 to 1.6160; beta 1.005 (0.78 to 1.23); 1 is what estimating transition counts gives.
 """
 
 from ml_collections import ConfigDict
