@@ -133,7 +133,7 @@ def plan(study: Mapping, data: Mapping) -> dict:
 def absolute_path(study: Mapping) -> dict:
     """A copy whose data folder does not depend on where the command was typed."""
     config = copy.deepcopy(dict(study))
-    if config["data"].get("path"):
+    if config["data"].get("path") and "://" not in config["data"]["path"]:
         config["data"]["path"] = str(Path(config["data"]["path"]).absolute())
     return config
 

@@ -22,6 +22,7 @@ from scaling.config import (
 from scaling.data import shard_index, shards, synthetic, text
 from scaling.data.cache import cached
 from scaling.data.mixture import BLOCK, Mixture, Proportions
+from scaling.data.remote import RemoteFolder, is_remote
 from scaling.data.tokens import Tokens
 
 # Part of every cache key: raise it when the split, the order or the removal of repeats changes.
@@ -84,7 +85,7 @@ def open_data(data_cfg: Mapping) -> Dataset:
         return _open_mixture(cfg)
     path = text.stdlib_folder() if cfg["source"] == "stdlib" else None
     if cfg["source"] in ("text", "tokens"):
-        path = Path(cfg["path"]).expanduser().absolute()
+        path = _folder(cfg)
     if cfg["source"] in SYNTHETIC_SOURCES:
         opened = _open_synthetic(cfg)
     else:
@@ -111,6 +112,17 @@ def open_data(data_cfg: Mapping) -> Dataset:
         facts |= {f"{part}_tokens": len(tokens), f"{part}_documents": tokens.documents}
     known = {key: facts.get(key) for key in ("entropy_rate", "ideal_loss")}
     return Dataset(train, heldout, vocab, about["fingerprint"], about["bytes_per_token"], facts, **known)
+
+
+def _folder(cfg: dict) -> Path | RemoteFolder:
+    if not is_remote(cfg["path"]):
+        return Path(cfg["path"]).expanduser().absolute()
+    if cfg["source"] == "text":
+        raise ConfigError(
+            f"data.path is {cfg['path']!r}; data.source = 'text' reads local folders: `scaling tokenize` "
+            "makes shards of text, and data.source = 'tokens' reads those from a bucket"
+        )
+    return RemoteFolder(cfg["path"])
 
 
 def _open_mixture(cfg: dict) -> Dataset:
@@ -183,7 +195,7 @@ def _open_synthetic(cfg: dict) -> tuple[Tokens, Tokens, int, dict]:
     return train, heldout, cfg["vocab"], about
 
 
-def _open_shards(path: Path, cfg: dict) -> tuple[Tokens, Tokens, int, dict]:
+def _open_shards(path: Path | RemoteFolder, cfg: dict) -> tuple[Tokens, Tokens, int, dict]:
     manifest = shards.read_manifest(path)
     files = shard_index.list_files(path, manifest)
     split = {"fraction": cfg["heldout_fraction"], "seed": cfg["seed"]}

@@ -10,12 +10,14 @@ import numpy as np
 
 from scaling.config import ConfigError
 from scaling.data.permutation import mix
-from scaling.data.shards import DTYPES
+from scaling.data.remote import RemoteFolder, RemoteTokens
+from scaling.data.shards import DTYPES, document_digest
 from scaling.data.split import choose_heldout, name_hashes
 
 
-def list_files(folder: Path, manifest: dict) -> list[list]:
-    """``[name, bytes, mtime_ns]`` of every file that the manifest names.
+def list_files(folder: Path | RemoteFolder, manifest: dict) -> list[list]:
+    """``[name, bytes, mtime_ns]`` of every file that the manifest names; its version in place of the time
+    where the folder is remote.
 
     Raises:
       ConfigError: one is missing or unreadable.
@@ -24,6 +26,9 @@ def list_files(folder: Path, manifest: dict) -> list[list]:
     for shard in manifest["shards"]:
         for key in ("tokens", "documents", "bytes"):
             if key not in shard:
+                continue
+            if isinstance(folder, RemoteFolder):
+                found.append([shard[key], *folder.stat(shard[key])])
                 continue
             try:
                 info = (folder / shard[key]).stat()
@@ -36,14 +41,16 @@ def list_files(folder: Path, manifest: dict) -> list[list]:
     return found
 
 
-def map_tokens(folder: Path, manifest: dict, shard: dict) -> np.ndarray:
-    """The shard's tokens, memory-mapped: uint16 or uint32 [count].
+def map_tokens(folder: Path | RemoteFolder, manifest: dict, shard: dict) -> np.ndarray | RemoteTokens:
+    """The shard's tokens, memory-mapped or fetched as they are read: uint16 or uint32 [count].
 
     Raises:
       ConfigError: another size or dtype than the manifest says, or an unreadable file.
     """
     path, dtype = folder / shard["tokens"], DTYPES[manifest["dtype"]]
-    if path.suffix == ".npy":
+    if isinstance(folder, RemoteFolder):
+        tokens = folder.tokens(shard["tokens"], dtype)
+    elif path.suffix == ".npy":
         tokens = _load_npy(path, mapped=True)
         if tokens.dtype != dtype or tokens.ndim != 1:
             raise ConfigError(
@@ -57,7 +64,7 @@ def map_tokens(folder: Path, manifest: dict, shard: dict) -> np.ndarray:
             f"{path} holds {tokens.size} tokens of {manifest['dtype']}; the manifest says {shard['count']}, "
             "and both must agree (is the shard cut short, or of another dtype?)"
         )
-    return np.asarray(tokens)
+    return tokens if isinstance(tokens, RemoteTokens) else np.asarray(tokens)
 
 
 def _map_raw(path: Path, dtype: np.dtype) -> np.ndarray:
@@ -77,8 +84,8 @@ def _load_npy(path: Path, mapped: bool = False) -> np.ndarray:
         raise ConfigError(f"{path} is not a whole .npy file ({error}); it must be written again") from error
 
 
-def _document_array(folder: Path, name: str, size: int | None, what: str) -> np.ndarray:
-    array = _load_npy(folder / name)
+def _document_array(folder: Path | RemoteFolder, name: str, size: int | None, what: str) -> np.ndarray:
+    array = folder.array(name) if isinstance(folder, RemoteFolder) else _load_npy(folder / name)
     if array.dtype != np.int64 or array.ndim != 1 or (size is not None and array.size != size):
         raise ConfigError(
             f"{folder / name} holds {array.dtype} {array.shape}; it must hold {what} as int64"
@@ -97,8 +104,8 @@ class _Documents:
     bytes_D: np.ndarray | None  # int64, text bytes, where every shard tells them
 
 
-def _read_documents(folder: Path, manifest: dict) -> _Documents:
-    """Reads every token once and checks it."""
+def _read_documents(folder: Path | RemoteFolder, manifest: dict) -> _Documents:
+    """Reads every token once and checks it; of a remote shard that has digests, those alone."""
     starts, sizes, digests, text_bytes, begin = [], [], [], [], 0
     for shard in manifest["shards"]:
         tokens = map_tokens(folder, manifest, shard)
@@ -108,8 +115,12 @@ def _read_documents(folder: Path, manifest: dict) -> _Documents:
                 f"{folder / shard['documents']}: the offsets must increase strictly from 0 to the shard's "
                 f"{tokens.size} tokens"
             )
-        for b, e in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-            digests.append(hashlib.blake2b(tokens[b:e], digest_size=16).digest())
+        known = isinstance(folder, RemoteFolder) and "digests" in shard
+        if known:
+            digests += _read_digests(folder, shard["digests"], offsets.size - 1)
+        spans = [] if known else zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+        for b, e in spans:
+            digests.append(document_digest(tokens[b:e]))
             highest = int(tokens[b:e].max())
             if highest >= manifest["vocab"]:
                 raise ConfigError(
@@ -135,7 +146,17 @@ def _read_documents(folder: Path, manifest: dict) -> _Documents:
     )
 
 
-def build_index(folder: Path, manifest: dict, fraction: float, seed: int, out: Path) -> dict:
+def _read_digests(folder: RemoteFolder, name: str, documents: int) -> list[bytes]:
+    array = folder.array(name)
+    if array.dtype != np.uint8 or array.shape != (documents, 16):
+        raise ConfigError(
+            f"{folder / name} holds {array.dtype} {array.shape}; it must hold the documents' digests as "
+            f"uint8 [{documents}, 16]"
+        )
+    return [row.tobytes() for row in array]
+
+
+def build_index(folder: Path | RemoteFolder, manifest: dict, fraction: float, seed: int, out: Path) -> dict:
     """Reads every shard once: checks it, splits the documents, and writes where each lies.
 
     Documents are held out and ordered by hashes of their own tokens and the seed, so copies of one

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from scaling.config import ConfigError, check_keys
+from scaling.data.remote import RemoteFolder
 from scaling.files import write_json
 
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -163,7 +164,7 @@ def _next_bytes(byte_counts, d: int) -> int:
     return int(count)
 
 
-def read_manifest(folder: Path) -> dict:
+def read_manifest(folder: Path | RemoteFolder) -> dict:
     """Reads and checks ``manifest.json``.
 
     Raises:
@@ -171,7 +172,8 @@ def read_manifest(folder: Path) -> dict:
     """
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_bytes())
+        text = folder.read("manifest.json") if isinstance(folder, RemoteFolder) else path.read_bytes()
+        manifest = json.loads(text)
     except OSError as error:
         raise ConfigError(
             f"data.path is {str(folder)!r}; it must be a folder of token shards with a manifest.json "
@@ -183,7 +185,7 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def check_manifest(manifest: dict, path: Path) -> None:
+def check_manifest(manifest: dict, path: Path | str) -> None:
     """Raises ``ConfigError`` where the manifest is not as this module's docstring says."""
 
     def need(ok: bool, what: str, value, valid: str) -> None:

@@ -16,7 +16,8 @@ class Tokens:
     sequence and lies at ``starts[d]`` of the shards laid end to end. No document crosses a shard.
 
     Attributes:
-      shards: 1-D arrays of uint8, uint16 or uint32, all of one dtype; memory-mapped or not.
+      shards: 1-D arrays of uint8, uint16 or uint32, all of one dtype; memory-mapped or not, or fetched as
+        they are read (``remote.RemoteTokens``).
       offsets: int64 [documents + 1], strictly increasing from 0; where each document begins.
       starts: int64 [documents], or None where the documents lie in one shard in this very order.
     """
@@ -34,7 +35,8 @@ class Tokens:
         """
         shards = (shards,) if isinstance(shards, np.ndarray) else tuple(shards)
         # A memmap's own indexing is several times slower than that of the plain array over the same pages.
-        self.shards = tuple(np.asarray(shard) for shard in shards)
+        # One that is fetched as it is read stays as it is.
+        self.shards = tuple(np.asarray(s) if isinstance(s, np.ndarray) else s for s in shards)
         self.offsets = np.asarray(offsets)
         self.starts = None if starts is None else np.asarray(starts)
         dtypes = {shard.dtype for shard in self.shards}
