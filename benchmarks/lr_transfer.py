@@ -169,7 +169,7 @@ def draw(found: dict, path: Path) -> None:
             panel.axvline(best["log2_lr"], color=f"C{i}", ls=":", lw=1)
         move = shifts(found)[name]
         panel.set(
-            title=f"{name}: optimum moves by {move['octaves']:+.2f} +- {move['stderr']:.2f} octaves",
+            title=f"{name}: optimum moves {move['octaves']:+.2f} ± {move['stderr']:.2f} octaves",
             xlabel="log2 learning rate",
         )
         panel.grid(alpha=0.3)
@@ -196,10 +196,9 @@ def report(found: dict) -> str:
 
 `python benchmarks/lr_transfer.py`, {found["device"]},
 {found["cpu_seconds"]} CPU seconds on a busy machine. Bytes of Python's standard library, {LAYERS} layers,
-head size {HEAD_DIM}, tied, query-key norm; {tokens:,} tokens a run ({found["steps"]} steps of {BATCH} x
-{SEQ}),
-WSD, {found["seeds"]} seeds, learning rates 2^{LOG2_LRS[0]} to 2^{LOG2_LRS[-1]} by factors of 2. muP's base is
-the narrowest, where both are the same cells.
+head size {HEAD_DIM}, tied, query-key norm; {tokens:,} tokens a run:
+{found["steps"]} steps of {BATCH} x {SEQ}, WSD, {found["seeds"]} seeds. Learning rates 2^{LOG2_LRS[0]}
+to 2^{LOG2_LRS[-1]} by factors of 2. muP's base is the narrowest, where both are the same cells.
 
 {chr(10).join(lines)}
 
