@@ -112,9 +112,9 @@ after the last layer.
 Zero is what a parametrization aims at for the change. Under muP and CompleteP the logits at the start fall
 with width^-1/2 by design (Yang et al. 2022: the output vanishes at the start and is learned). Under CompleteP
 the branches at the start are independent of each other and their sum falls with depth^-1/2, while what is
-learned, which is coherent from layer to layer, keeps its size. What is left is of finite shapes: the change
-of the logits holds a part from the initial head that vanishes with width, and the feed-forward's that of the
-random start of its branches, which vanishes with depth.
+learned, which is coherent from layer to layer, keeps its size. Two exponents of the change are not zero: the
+logits' under muP and the feed-forward's under CompleteP. Parts from the random start that die out with width
+and with depth would look so; that was not tested apart.
 """
 
 

@@ -279,7 +279,7 @@ def test_coordinate_check_in_width(base):
     changed = {name: exponents(base, w, 8, "change") for name, w in wide.items()}
     assert all(abs(changed["mup"][k]) < 0.2 for k in ("embedding", "attention", "feed-forward", "stream"))
     assert all(changed["standard"][k] > 0.5 for k in ("attention", "feed-forward", "stream"))
-    # logits: the head starts as noise of size width^-1/2 and learns at width^0, so the change lies between
+    # logits: a part through the initial head would go with width^-1/2, the learned one with width^0
     assert -0.35 < changed["mup"]["logits"] < 0.1 < changed["standard"]["logits"]
     start = exponents(base, wide["mup"], 8, "start")
     assert all(abs(start[k]) < 0.1 for k in ("embedding", "attention", "feed-forward", "stream"))
