@@ -104,6 +104,7 @@ def test_generation_goes_on_past_any_token(tmp_path):
     """Greedy tokens with transformers' cache are ours; no token ends the text, as Llama's 2 does."""
     cell, apply, params = trained(qk_norm=False)
     model = load(export_model(params, cell, tmp_path / "hf"))
+    assert model.generation_config.eos_token_id is None
     start = TOKENS[:1, :4]
     mask = torch.ones(1, 4, dtype=torch.int64)
     out = model.generate(torch.tensor(start), attention_mask=mask, max_new_tokens=24, do_sample=False).numpy()
