@@ -319,7 +319,13 @@ def collect(study, out, wandb_dir, as_json):
 @click.argument("study", type=click.Path(path_type=Path))
 @click.option("--cell", default="best", show_default=True, metavar="ID|best|last", help="Which cell.")
 @click.option("--out", type=click.Path(path_type=Path), help="New folder (default: STUDY/export/ID).")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Of the weights written.",
+)
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json to put beside them.")
 @json_option
 def export(study, cell, out, dtype, tokenizer, as_json):
