@@ -88,7 +88,7 @@ def parabola(x, y):
     return coef, spread * np.linalg.inv(design.T @ design)
 
 
-def optimum(log2_lrs, loss_SR) -> dict:
+def optimum(log2_lrs, loss_SR, octaves: float = NEAR) -> dict:
     """The vertex of a parabola through the mean losses near the best, with a standard error.
 
     Two sources, added in quadrature: the scatter of the mean losses about the parabola (delta method: it
@@ -97,6 +97,8 @@ def optimum(log2_lrs, loss_SR) -> dict:
     Args:
       log2_lrs: the grid.
       loss_SR: losses [seeds, learning rates].
+      octaves: on either side of the lowest mean loss, what the parabola is fitted to; with three points
+        there is no scatter about it, and the error is that of the seeds alone.
 
     Returns:
       ``log2_lr`` and ``stderr``, in octaves; ``inside``: whether the lowest loss lies within the grid and
@@ -105,7 +107,7 @@ def optimum(log2_lrs, loss_SR) -> dict:
     x, loss_SR = np.asarray(log2_lrs, float), np.asarray(loss_SR, float)
     mean = loss_SR.mean(0)
     best = int(np.argmin(mean))
-    near = np.abs(x - x[best]) <= NEAR
+    near = np.abs(x - x[best]) <= octaves
     (a, b, _), cov = parabola(x[near], mean[near])
     gradient = np.array([b / (2 * a * a), -1 / (2 * a), 0.0])
     own = [-q[1] / (2 * q[0]) for q in (parabola(x[near], row[near])[0] for row in loss_SR)]
@@ -118,11 +120,13 @@ def optimum(log2_lrs, loss_SR) -> dict:
     }
 
 
-def shifts(found: dict) -> dict:
+def shifts(found: dict, octaves: float = NEAR) -> dict:
     """By how many octaves the optimum moves from the narrowest to the widest, with its standard error."""
     out = {}
     for name in ("standard", "mup"):
-        first, last = (optimum(LOG2_LRS, found["losses"][f"{name} {w}"]) for w in (WIDTHS[0], WIDTHS[-1]))
+        first, last = (
+            optimum(LOG2_LRS, found["losses"][f"{name} {w}"], octaves) for w in (WIDTHS[0], WIDTHS[-1])
+        )
         error = float(np.hypot(first["stderr"], last["stderr"]))
         out[name] = {"octaves": last["log2_lr"] - first["log2_lr"], "stderr": error}
     return out
@@ -190,7 +194,10 @@ def report(found: dict) -> str:
             f"| {name} | {width} | {best['log2_lr']:.2f} | {best['stderr']:.2f} | {best['loss']:.4f} "
             f"| {best['inside']} |"
         )
-    moves = "; ".join(f"{k} {v['octaves']:+.2f} +- {v['stderr']:.2f}" for k, v in shifts(found).items())
+    moves, narrow = (
+        "; ".join(f"{k} {v['octaves']:+.2f} +- {v['stderr']:.2f}" for k, v in shifts(found, near).items())
+        for near in (NEAR, 1.1)
+    )
     tokens = found["steps"] * BATCH * SEQ
     return f"""# Learning-rate transfer across width
 
@@ -205,7 +212,9 @@ to 2^{LOG2_LRS[-1]} by factors of 2. muP's base is the narrowest, where both are
 **From width {WIDTHS[0]} to {WIDTHS[-1]} the optimum moves, in octaves: {moves}.**
 
 The best learning rate is the vertex of a parabola through the mean losses within 2 octaves of the lowest; the
-standard error adds the scatter about it and the difference between seeds.
+standard error adds the scatter about it and the difference between seeds, of which there are few. The window
+matters more than that error says: through the lowest loss and its two neighbours alone (error from seeds
+alone) the moves are {narrow}.
 
 ![loss against learning rate](lr_transfer.png)
 """
