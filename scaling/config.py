@@ -18,6 +18,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from scaling.formats import FORMATS, SCALINGS
+
 SCHEMA_VERSION = 1
 REQUIRED = object()
 FILE_SOURCES = ("stdlib", "text", "tokens")
@@ -74,8 +76,8 @@ def _choice(*names: str, default=REQUIRED, **kw) -> Field:
     return Field(str, lambda x: x in names, "one of " + ", ".join(map(repr, names)), default, **kw)
 
 
-def _flag(default: bool) -> Field:
-    return Field(bool, lambda x: True, "True or False", default)
+def _flag(default: bool, **kw) -> Field:
+    return Field(bool, lambda x: True, "True or False", default, **kw)
 
 
 def _count(default=REQUIRED) -> Field:
@@ -171,10 +173,24 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "steps": _positive_int(),
         "seed": _count(0),
         "z_loss": _nonnegative(0.0),
+        "skip_spikes": _flag(False, later=True),
+        "skip_window": Field(int, lambda x: x > 1, "an integer above 1", 128, later=True),
+        "skip_sigma": _positive(6.0, later=True),
     },
     "eval": {
         "sequences": Field(int, lambda x: x > 1, "an integer above 1 (a standard error needs two)", 256),
         "points": _positive_int(1),
+    },
+    "precision": {
+        "params": _choice("float32", "bfloat16", default="float32", later=True),
+        "rounding": _choice("stochastic", "nearest", default="stochastic", later=True),
+        "weights": _choice(*FORMATS, default=None, optional=True, later=True),
+        "activations": _choice(*FORMATS, default=None, optional=True, later=True),
+        "gradients": _choice(*FORMATS, default=None, optional=True, later=True),
+        "weights_scaling": _choice(*SCALINGS, default="tensor", later=True),
+        "activations_scaling": _choice(*SCALINGS, default="tensor", later=True),
+        "gradients_scaling": _choice(*SCALINGS, default="tensor", later=True),
+        "block": _positive_int(32, later=True),
     },
 }
 
@@ -208,7 +224,7 @@ def validate_cell(cell: Mapping) -> dict:
     """Checks a cell config and fills in the defaults.
 
     Args:
-      cell: sections ``model, data, optim, schedule, train, eval`` as nested mappings.
+      cell: sections ``model, data, optim, schedule, train, eval, precision`` as nested mappings.
 
     Returns:
       A new plain dict with every field of ``SCHEMA`` present, in schema order.
@@ -229,6 +245,7 @@ def validate_cell(cell: Mapping) -> dict:
             f"optim.name is 'muon' with model.parametrization = {out['model']['parametrization']!r}; those "
             "rules are for Adam's updates, and Muon's have their own size already: use 'standard'"
         )
+    check_precision(out)
     return out
 
 
@@ -243,6 +260,22 @@ def check_optimizer(optim: Mapping, schedule: Mapping) -> None:
         )
     if optim["beta1"] == 0:
         raise ConfigError("optim.beta1 is 0; optim.name = 'schedule_free' divides by it and needs (0, 1)")
+
+
+def check_precision(cell: Mapping) -> None:
+    """Raises ``ConfigError`` where parameters stored in bfloat16 cannot go with the rest."""
+    if cell["precision"]["params"] == "float32":
+        return
+    if cell["model"]["dtype"] != "bfloat16":
+        raise ConfigError(
+            f"model.dtype is {cell['model']['dtype']!r}; "
+            "precision.params = 'bfloat16' needs 'bfloat16' there too"
+        )
+    if cell["optim"]["name"] == "schedule_free":
+        raise ConfigError(
+            "optim.name is 'schedule_free'; it finds its averages as a difference of parameters and needs "
+            "precision.params = 'float32'"
+        )
 
 
 def validate_section(section: str, given: Any) -> dict:

@@ -201,6 +201,7 @@ def resolve(
         "schedule": {**study["schedule"], "warmup_steps": hp["warmup_steps"]},
         "train": {**study["train"], "batch": batch, "steps": steps, "seed": target.seed},
         "eval": dict(study["eval"]),
+        "precision": dict(study.get("precision", {})),
     }
     for name, value in target.overrides:
         section, _, key = name.partition(".")

@@ -18,7 +18,7 @@ from scaling.schedules import learning_rate
 
 
 def hyper_parameters(cell: Mapping) -> dict:
-    """The numbers of a cell that its compiled step takes as inputs: float32 scalars.
+    """The numbers of a cell that its compiled step takes as inputs: float32 scalars, the seed uint32.
 
     Cells of one shape share one compiled program because none of these is a constant in it.
     """
@@ -37,8 +37,9 @@ def hyper_parameters(cell: Mapping) -> dict:
         "decay_fraction": 0.0 if schedule["name"] == "constant" else schedule["decay_fraction"],
         "final_fraction": schedule["final_fraction"],
         "z_loss": train["z_loss"],
+        "skip_sigma": train["skip_sigma"],
     }
-    return {k: jnp.float32(v) for k, v in values.items()}
+    return {k: jnp.float32(v) for k, v in values.items()} | {"seed": jnp.uint32(train["seed"])}
 
 
 def decays(path, leaf) -> bool:

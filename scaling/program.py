@@ -10,6 +10,7 @@ import jax
 
 from scaling.models.lm import build
 from scaling.models.loss import eval_sums
+from scaling.precision import matmul_of
 from scaling.step import init_state, train_step
 
 UNROLLED_LAYERS = 4
@@ -28,6 +29,8 @@ class Static:
     optim: str
     schedule: str
     decay: str = "linear"
+    precision: tuple = ()
+    skip_window: int | None = None
 
     @classmethod
     def of(cls, cell: Mapping) -> Static:
@@ -40,12 +43,30 @@ class Static:
             optim=cell["optim"]["name"],
             schedule=schedule,
             decay=cell["schedule"]["decay"],
+            precision=tuple(sorted(cell["precision"].items())),
+            skip_window=cell["train"]["skip_window"] if cell["train"]["skip_spikes"] else None,
         )
+
+    @property
+    def params_dtype(self) -> str:
+        """What parameters and optimizer state are stored in."""
+        return dict(self.precision).get("params", "float32")
+
+    @property
+    def stochastic_rounding(self) -> bool:
+        """How a bfloat16 parameter is rounded after an update."""
+        return dict(self.precision).get("rounding") == "stochastic"
 
     def build(self, seed: int, remat: str = "none"):
         """The model as ``scaling.models.lm.build`` gives it: (apply, params)."""
         model = dict(self.model)
-        return build(model, seed=seed, unroll=model["layers"] <= UNROLLED_LAYERS, remat=remat)
+        return build(
+            model,
+            seed=seed,
+            unroll=model["layers"] <= UNROLLED_LAYERS,
+            remat=remat,
+            matmul=matmul_of(dict(self.precision)),
+        )
 
 
 def first_state(static: Static, seed: int, hp):

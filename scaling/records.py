@@ -17,6 +17,7 @@ from scaling.chips import peak_flops
 from scaling.config import cell_id, validate_cell
 from scaling.files import CellFolder, StudyError, is_claimed, read_json, read_jsonl, write_whole
 from scaling.flops import ledger
+from scaling.formats import bits
 from scaling.sentinels import brackets, words
 
 RESULTS = ("finished", "diverged")
@@ -54,6 +55,9 @@ COLUMNS = {
     "batch_tokens": "tokens in one step",
     "steps": "updates in the whole cell",
     "lr": "peak learning rate",
+    "weight_bits": "bits an element of the weights in the layers' matmuls (16 or 32 where none is simulated)",
+    "activation_bits": "the same of the activations",
+    "gradient_bits": "the same of the gradients that flow back",
     "wall_seconds": "wall time of the cell, all attempts that led to the result",
     "device_seconds": "wall time times devices",
     "device_kind": "as JAX names it",
@@ -130,6 +134,7 @@ def cell_rows(manifest: Mapping, entry: Mapping, folder: CellFolder) -> list[dic
         "batch_tokens": config["train"]["batch"] * config["data"]["seq"],
         "steps": config["train"]["steps"],
         "lr": config["optim"]["lr"],
+        **{f"{operand[:-1]}_bits": b for operand, b in bits(validate_cell(config)).items()},
     }
     if not folder.result.exists():
         status, reason = unfinished(folder)

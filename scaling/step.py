@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from scaling import optim
+from scaling.guard import Guard, judge, new_guard
 from scaling.models.loss import loss_fn
+from scaling.precision import cast, rounding_key, store
 from scaling.schedules import learning_rate
 
 
@@ -17,22 +19,35 @@ class TrainState(NamedTuple):
     """Everything that a resumed run needs besides its config; the data position is ``step``."""
 
     step: jax.Array  # int32 scalar: updates done
-    params: dict  # float32 arrays
+    params: dict  # arrays, float32 or all bfloat16
+    opt_state: optax.OptState  # moments in the parameters' dtype
+
+
+class GuardedState(NamedTuple):
+    """The train state of a cell that skips spikes: apart, so that others' checkpoints keep their tree."""
+
+    step: jax.Array
+    params: dict
     opt_state: optax.OptState
+    guard: Guard
 
 
-def init_state(params, static, hp) -> TrainState:
+def init_state(params, static, hp) -> TrainState | GuardedState:
     """The state before the first step, owning fresh buffers."""
+    params = cast(params, static.params_dtype)
     opt_state = optim.make_optimizer(static, hp, params).init(params)
-    return jax.tree.map(jnp.array, TrainState(jnp.int32(0), params, opt_state))
+    state = TrainState(jnp.int32(0), params, opt_state)
+    if static.skip_window is not None:
+        state = GuardedState(*state, new_guard(static.skip_window))
+    return jax.tree.map(jnp.array, state)
 
 
-def eval_params(static, state: TrainState):
+def eval_params(static, state: TrainState | GuardedState):
     """The parameters by which a state is judged (``scaling.optim.eval_params``)."""
     return optim.eval_params(static, state.params, state.opt_state)
 
 
-def train_step(apply, static, state: TrainState, batch, hp):
+def train_step(apply, static, state: TrainState | GuardedState, batch, hp):
     """One update.
 
     Args:
@@ -44,19 +59,30 @@ def train_step(apply, static, state: TrainState, batch, hp):
 
     Returns:
       The state after the step, and float32 scalars ``loss`` (nats per token, before the update),
-      ``grad_norm`` (before clipping) and ``lr``.
+      ``grad_norm`` (before clipping) and ``lr``; with a guard also ``skipped`` (int32, steps so far).
     """
 
     def loss_of(params):
         return loss_fn(apply, params, batch, hp["z_loss"])
 
     (_, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-    optimizer = optim.make_optimizer(static, hp, state.params, state.step)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    # the update's arithmetic is float32 however its operands are stored
+    grads, old_params, old_opt_state = cast((grads, state.params, state.opt_state), "float32")
+    optimizer = optim.make_optimizer(static, hp, old_params, state.step)
+    updates, opt_state = optimizer.update(grads, old_opt_state, old_params)
+    new = optax.apply_updates(old_params, updates), opt_state
+    old = state.params, state.opt_state
+    if static.params_dtype != "float32":
+        new = store(new, old, rounding_key(hp["seed"], state.step) if static.stochastic_rounding else None)
     metrics = {
         "loss": aux["nats"],
         "grad_norm": optax.global_norm(grads),
         "lr": learning_rate(static.schedule, state.step, hp, static.decay),
     }
-    return TrainState(state.step + 1, params, opt_state), metrics
+    if static.skip_window is not None:
+        new = jax.lax.optimization_barrier(new)  # fused as without a guard, so that the bits are the same
+        skip, guard = judge(state.guard, state.step, metrics["loss"], metrics["grad_norm"], hp["skip_sigma"])
+        new = jax.tree.map(lambda after, before: jnp.where(skip, before, after), new, old)
+        state = state._replace(guard=guard)
+        metrics["skipped"] = guard.skipped
+    return state._replace(step=state.step + 1, params=new[0], opt_state=new[1]), metrics

@@ -157,12 +157,14 @@ def validate_study(config: Mapping) -> dict:
 
 
 def _check_section(config: dict, section: str, fields: Mapping) -> None:
+    if section not in config and all(field.later for field in fields.values()):
+        return  # an older study's config stays as it was
     given = config.setdefault(section, {})
     if not isinstance(given, Mapping):
         raise ConfigError(f"{section} is {given!r}; it must be a mapping")
     check_keys(section, given, fields)
     for key, value in given.items():
-        if key in FROM_RECIPE[section]:
+        if key in FROM_RECIPE.get(section, ()):
             raise ConfigError(
                 f"{section}.{key} is set for the whole study; it comes from the recipe "
                 "(to pin it in one cell, use grid.kind = 'list' with set)"

@@ -52,14 +52,15 @@ class Attention(nnx.Module):
         self.soft_cap = cfg["attention_soft_cap"]
         self.window = None if cfg["local_window"] is None else (cfg["local_window"] - 1, 0)
         self.dtype = jnp.dtype(cfg["dtype"])
+        self.matmul = cfg.get("matmul", jnp.matmul)
 
     def __call__(self, x_BTD, rope, segment_ids_BT):
         """[B, T, D] to [B, T, D], in the compute dtype; segments None: one document a row."""
         B, T, _ = x_BTD.shape
         w_q, w_k, w_v, w_out = (w[...].astype(self.dtype) for w in (self.q, self.k, self.v, self.out))
-        q_BTNH = (x_BTD @ w_q).reshape(B, T, -1, self.head_dim)
-        k_BTKH = (x_BTD @ w_k).reshape(B, T, -1, self.head_dim)
-        v_BTKH = (x_BTD @ w_v).reshape(B, T, -1, self.head_dim)
+        q_BTNH = self.matmul(x_BTD, w_q).reshape(B, T, -1, self.head_dim)
+        k_BTKH = self.matmul(x_BTD, w_k).reshape(B, T, -1, self.head_dim)
+        v_BTKH = self.matmul(x_BTD, w_v).reshape(B, T, -1, self.head_dim)
         if self.qk_norm:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         mixed_BTNH = dot_product_attention(
@@ -72,4 +73,4 @@ class Attention(nnx.Module):
             q_segment_ids=segment_ids_BT,
             logits_soft_cap=self.soft_cap,
         )
-        return mixed_BTNH.reshape(B, T, -1) @ w_out
+        return self.matmul(mixed_BTNH.reshape(B, T, -1), w_out)

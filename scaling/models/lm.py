@@ -133,7 +133,7 @@ class Apply:
         return nnx.merge(self.graphdef, params).features(inputs_BT, segment_ids_BT, positions_BT)
 
 
-def build(model_cfg, *, seed: int, unroll: bool = False, remat: str = "none"):
+def build(model_cfg, *, seed: int, unroll: bool = False, remat: str = "none", matmul=jnp.matmul):
     """The model as a pure function and its initial parameters.
 
     Args:
@@ -143,6 +143,8 @@ def build(model_cfg, *, seed: int, unroll: bool = False, remat: str = "none"):
         counting FLOPs and for debugging.
       remat: what the backward pass recomputes: "none", "full" (every layer from its input), "dots"
         (everything but the outputs of the weight matmuls).
+      matmul: the layers' products with their weights, x [..., K] and w [K, N] to [..., N]; hashable. For
+        simulated low precision (``scaling.precision.matmul_of``).
 
     Returns:
       (apply, params): ``apply``, an ``Apply``; ``params``, a nested dict of float32 arrays, those
@@ -158,7 +160,7 @@ def build(model_cfg, *, seed: int, unroll: bool = False, remat: str = "none"):
     cfg = dict(model_cfg)
 
     def make(key):
-        return nnx.split(LM(cfg, nnx.Rngs(params=key), unroll=unroll, remat=remat))
+        return nnx.split(LM({**cfg, "matmul": matmul}, nnx.Rngs(params=key), unroll=unroll, remat=remat))
 
     graphdef, _ = jax.eval_shape(make, jax.random.key(0))
     return Apply(graphdef, cfg["logits_soft_cap"]), init_params(cfg, seed)

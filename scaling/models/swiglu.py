@@ -17,8 +17,10 @@ class SwiGLU(nnx.Module):
         self.up = init.matrix(rngs, D, F)
         self.down = init.matrix(rngs, F, D, init.residual_gain(parametrization.residual_depth(cfg)))
         self.dtype = jnp.dtype(cfg["dtype"])
+        self.matmul = cfg.get("matmul", jnp.matmul)
 
     def __call__(self, x_BTD):
         """[B, T, D] to [B, T, D], in the compute dtype."""
         gate, up, down = (w[...].astype(self.dtype) for w in (self.gate, self.up, self.down))
-        return (jax.nn.silu(x_BTD @ gate) * (x_BTD @ up)) @ down
+        gated = jax.nn.silu(self.matmul(x_BTD, gate)) * self.matmul(x_BTD, up)
+        return self.matmul(gated, down)
