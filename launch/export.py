@@ -13,6 +13,7 @@ from scaling.files import CellFolder, StudyError, claim, read_json
 from scaling.optim import hyper_parameters
 from scaling.program import Static, first_state
 from scaling.records import progress
+from scaling.step import eval_params
 
 
 def choose_cell(study: Path | str, which: str) -> dict:
@@ -43,7 +44,7 @@ def choose_cell(study: Path | str, which: str) -> dict:
 
 
 def trained_params(study: Path | str, cell: str) -> tuple[dict, dict, int]:
-    """The parameters in a cell's newest whole checkpoint: (cell config, params, updates done).
+    """The evaluated parameters of a cell's newest whole checkpoint: (cell config, params, updates done).
 
     Raises:
       StudyError: the cell is being trained, or has no checkpoint.
@@ -70,7 +71,7 @@ def trained_params(study: Path | str, cell: str) -> tuple[dict, dict, int]:
             f"cell {cell} of {study} has no whole checkpoint; train it with `scaling run {study}`"
         )
     state = restored[0]
-    return config, state.params, int(state.step)
+    return config, eval_params(static, state), int(state.step)
 
 
 def export_cell(

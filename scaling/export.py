@@ -6,7 +6,8 @@ The architectures that hold our transformer to the last operation:
   Mistral  Llama with a local window in every layer (Jiang et al. 2023)
   Qwen3    query-key norm, with or without the window (Yang et al. 2025)
 
-Matrices change from our [in, out], stacked over layers, to their [out, in], one a layer. A row of
+Matrices change from our [in, out], stacked over layers, to their [out, in], one a layer; the multipliers of
+a parametrization go into weights (``scaling.parametrization.fold``). A row of
 ``transformers``' input is one document or, for a model with ``cross_document``, one stream of documents.
 """
 
@@ -25,6 +26,7 @@ import numpy as np
 from scaling import __version__
 from scaling.config import SCHEMA, ConfigError
 from scaling.files import StorageError, StudyError, explain_os_error, write_json
+from scaling.parametrization import fold
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -43,6 +45,7 @@ EXPRESSED = {
 
 def check_expressible(model: Mapping) -> None:
     """Raises ``ConfigError`` naming the first field of a model that no architecture here expresses."""
+    model, _ = fold(model, {})
     if model["family"] != "transformer":
         raise ConfigError(
             f"model.family is {model['family']!r}; only 'transformer' has an architecture to export to"
@@ -115,6 +118,7 @@ def hf_weights(params: Mapping, model: Mapping, dtype: str = "float32") -> Itera
     def stored(array) -> np.ndarray:
         return array.astype(DTYPES[dtype], order="C")
 
+    model, params = fold(model, params)
     arrays = jax.tree.map(np.asarray, params)
     blocks = arrays["blocks"]
     mixer, ffn = blocks["mixer"], blocks["ffn"]
@@ -149,7 +153,7 @@ def export_model(
     Args:
       params: the parameters; cell: their validated cell config.
       out: the folder; it must not exist, or be empty.
-      dtype: of the weights as stored: "float32", every bit as trained, or "bfloat16".
+      dtype: of the weights as stored: "float32", as trained, or "bfloat16".
       tokenizer: a ``tokenizer.json`` to put beside them. Where the data are bytes and none is given, one is
         written whose ids are bytes.
       about: goes to ``scaling.json`` with the cell config.
@@ -165,7 +169,7 @@ def export_model(
     texts = {"config.json": config, "scaling.json": {"version": __version__, **(about or {}), "config": cell}}
     if tokenizer is not None:
         texts["tokenizer.json"] = read_tokenizer(Path(tokenizer), model["vocab"])
-    elif cell["data"]["source"] in BYTE_SOURCES:
+    elif is_bytes(cell["data"]):
         texts["tokenizer.json"] = byte_tokenizer()
     if "tokenizer.json" in texts:
         texts["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -253,6 +257,11 @@ def read_tokenizer(path: Path, vocab: int) -> dict:
             f"tokenizer is {str(path)!r} with ids up to {highest}; they must be below model.vocab = {vocab}"
         )
     return value
+
+
+def is_bytes(data: Mapping) -> bool:
+    """Whether the token ids of a ``data`` section are the bytes of text."""
+    return all(part["source"] in BYTE_SOURCES for part in data["components"] or [data])
 
 
 def byte_tokenizer() -> dict:

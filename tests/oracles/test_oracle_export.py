@@ -18,6 +18,7 @@ from scaling.models.lm import build  # noqa: E402
 pytestmark = pytest.mark.oracle
 
 MODEL = {"d_model": 64, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn_dim": 112, "vocab": 97}
+MUP = {"parametrization": "mup", "base_d_model": 24, "base_head_dim": 6}
 CASES = {
     "Llama, tied": ("Llama", {"qk_norm": False}),
     "Llama, untied": ("Llama", {"qk_norm": False, "tied": False}),
@@ -33,6 +34,8 @@ CASES = {
         {"kv_heads": 1, "tied": False, "rope_theta": 300.0, "norm_eps": 1e-3},
     ),
     "Qwen3, window": ("Qwen3", {"local_window": 7}),
+    "Llama, muP, untied": ("Llama", {"qk_norm": False, "tied": False, **MUP}),
+    "Qwen3, CompleteP": ("Qwen3", {**MUP, "parametrization": "completep", "base_layers": 2}),
     "Qwen3, one stream": ("Qwen3", {"cross_document": True}),
 }
 TOKENS = np.random.default_rng(0).integers(0, MODEL["vocab"], (2, 33))

@@ -12,13 +12,17 @@ from tiny_study import tiny_study
 from launch.cli import cli
 from launch.export import choose_cell, trained_params
 from scaling import data
-from scaling.config import SCHEMA, ConfigError, Field, validate_cell, validate_section
+from scaling.checkpoint import Checkpoints
+from scaling.config import SCHEMA, ConfigError, Field, cell_id, validate_cell, validate_section
 from scaling.data import heldout_batches
 from scaling.export import byte_tokenizer, export_model, hf_config
-from scaling.files import CellFolder, StudyError, claim, read_json
+from scaling.files import CellFolder, StudyError, claim, read_json, write_json
 from scaling.grid import plan, write_manifest
+from scaling.lane import eval_batch
 from scaling.models.lm import abstract_params, build
-from scaling.train import eval_batch, train
+from scaling.optim import hyper_parameters
+from scaling.program import Static, first_state
+from scaling.train import train
 
 MODEL = {"d_model": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn_dim": 40, "vocab": 97}
 # with the study's Qwen3, tied and without a window, below; tests/oracles has every combination
@@ -28,7 +32,15 @@ CASES = {
         "LlamaForCausalLM",
     ),
     "Mistral": ({"qk_norm": False, "local_window": 5}, "MistralForCausalLM"),
-    "Qwen3, window, one key-value head": ({"local_window": 5, "kv_heads": 1}, "Qwen3ForCausalLM"),
+    "Qwen3, window, one key-value head, CompleteP": (
+        {
+            "local_window": 5,
+            "kv_heads": 1,
+            **dict(parametrization="completep", base_d_model=24, base_layers=3),
+        }
+        | {"base_head_dim": 6},
+        "Qwen3ForCausalLM",
+    ),
 }
 TOKENS = np.random.default_rng(3).integers(0, MODEL["vocab"], (2, 13))
 
@@ -224,6 +236,25 @@ def test_command_exports_the_trained_weights(study, tmp_path):
         tokens += float(np.sum(batch["loss_mask"]))
     # float64 against a float32 model: the mean of 512 losses of about 3 nats
     assert nats / tokens == pytest.approx(about["loss"], rel=1e-5)
+
+
+def test_schedule_free_gives_its_averages(tmp_path):
+    cell = make_cell()
+    cell["optim"]["name"], cell["schedule"]["name"] = "schedule_free", "constant"
+    static, folder = Static.of(cell), CellFolder(tmp_path, cell_id(cell))
+    rng = np.random.default_rng(0)
+    state = jax.eval_shape(lambda: first_state(static, 0, hyper_parameters(cell)))
+    state = jax.tree.map(lambda x: np.asarray(1 + rng.random(x.shape), x.dtype), state)
+    write_json(folder.config, cell)
+    checkpoints = Checkpoints(folder.checkpoints, cell_id(cell))
+    checkpoints.save(state._replace(step=np.int32(5)), 1.0)
+    checkpoints.close()
+    _, params, step = trained_params(tmp_path, cell_id(cell))
+    averaged = state.opt_state[-1]
+    # Defazio et al. 2024, equation 2: y = (1 - b1) z + b1 x, where y is trained, x the average
+    x = (state.params["embed"]["table"] - (1 - averaged.b1) * averaged.z["embed"]["table"]) / averaged.b1
+    assert step == 5
+    np.testing.assert_allclose(params["embed"]["table"], x, rtol=1e-6)  # float32
 
 
 def test_choice_of_the_cell_and_refusals(study, tmp_path):
