@@ -55,7 +55,7 @@ def trained_params(study: Path | str, cell: str) -> tuple[dict, dict, int]:
             f"cell {cell} of {study} has no checkpoint; train it with `scaling run {study} --cell {cell}`"
         )
     config = validate_cell(read_json(folder.config))
-    check_expressible(config["model"])
+    check_expressible(config)
     static, seed = Static.of(config), config["train"]["seed"]
     like = jax.eval_shape(lambda: first_state(static, seed, hyper_parameters(config)))
     with claim(folder.lock) as mine:  # opening the checkpoints would remove one that is being written

@@ -43,9 +43,9 @@ EXPRESSED = {
 }
 
 
-def check_expressible(model: Mapping) -> None:
-    """Raises ``ConfigError`` naming the first field of a model that no architecture here expresses."""
-    model, _ = fold(model, {})
+def check_expressible(cell: Mapping) -> None:
+    """Raises ``ConfigError`` naming the first field of a cell that no architecture here expresses."""
+    model, _ = fold(cell["model"], {})
     if model["family"] != "transformer":
         raise ConfigError(
             f"model.family is {model['family']!r}; only 'transformer' has an architecture to export to"
@@ -55,6 +55,12 @@ def check_expressible(model: Mapping) -> None:
             raise ConfigError(
                 f"model.{name} is {model[name]!r}; Llama, Mistral and Qwen3 express {field.default!r} alone, "
                 "so that this model cannot be exported"
+            )
+    for name in ("weights", "activations"):  # gradients act on training alone
+        if cell["precision"][name] is not None:
+            raise ConfigError(
+                f"precision.{name} is {cell['precision'][name]!r}; transformers would compute without that "
+                "rounding, so that only None can be exported"
             )
 
 
@@ -69,7 +75,7 @@ def hf_config(cell: Mapping, dtype: str = "float32") -> dict:
       ConfigError: a model that cannot be expressed, or an unknown dtype.
     """
     model = cell["model"]
-    check_expressible(model)
+    check_expressible(cell)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(map(repr, DTYPES))}")
     window = model["local_window"]
@@ -118,8 +124,8 @@ def hf_weights(params: Mapping, model: Mapping, dtype: str = "float32") -> Itera
     def stored(array) -> np.ndarray:
         return array.astype(DTYPES[dtype], order="C")
 
-    model, params = fold(model, params)
-    arrays = jax.tree.map(np.asarray, params)
+    # widened first: a multiplier must not be rounded into bfloat16 parameters
+    model, arrays = fold(model, jax.tree.map(lambda x: np.asarray(x, np.float32), params))
     blocks = arrays["blocks"]
     mixer, ffn = blocks["mixer"], blocks["ffn"]
     yield "model.embed_tokens.weight", stored(arrays["embed"]["table"])

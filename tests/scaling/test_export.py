@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -168,6 +169,22 @@ def test_what_no_architecture_expresses_is_refused(field, tmp_path):
     with pytest.raises(ConfigError, match=rf"model.{field} is 30.0; Llama, Mistral and Qwen3 express None"):
         export_model(shaken(cell), cell, tmp_path / "hf")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("field", ["weights", "activations"])
+def test_simulated_precision_of_the_forward_pass_is_refused(field):
+    cell = make_cell()
+    with pytest.raises(ConfigError, match=f"precision.{field} is 'int8'; transformers would compute without"):
+        hf_config({**cell, "precision": {**cell["precision"], field: "int8"}})
+    assert hf_config({**cell, "precision": {**cell["precision"], "gradients": "int8"}}) == hf_config(cell)
+
+
+def test_bfloat16_parameters_take_multipliers_unrounded(tmp_path):
+    cell = make_cell(parametrization="mup", base_d_model=24)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), shaken(cell))
+    weights = read_weights(export_model(params, cell, tmp_path / "hf"))
+    gain = np.asarray(params["final_norm"]["scale"], np.float32) * np.float32(24 / 32)  # logits by 1/m
+    np.testing.assert_allclose(weights["model.norm.weight"], gain, rtol=1e-7)
 
 
 def test_a_field_that_export_does_not_know_is_refused_off_its_default(monkeypatch):
