@@ -80,7 +80,7 @@ def test_killed_packs_resume_in_any_company(cells, alone, tmp_path):
 
         return on_metrics
 
-    execution = Execution(checkpoint_steps=4, together="turns")
+    execution = Execution(checkpoint_steps=4, checkpoint_seconds=1e9, together="turns")
     for members, count in (([0, 1, 2, 3], 25), ([0, 2], 9), ([2, 1], 5), ([1, 0, 3], 14)):
         with pytest.raises(Killed):
             train_pack([broken[i] for i in members], execution, kill_after(count))
