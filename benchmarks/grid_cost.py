@@ -27,11 +27,13 @@ from pathlib import Path
 
 import numpy as np
 
-import fits
-from scaling.branches import saving
-from scaling.records import collect
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # beside this file lies another fits.py
+
+import fits  # noqa: E402
+from scaling.branches import saving  # noqa: E402
+from scaling.records import collect  # noqa: E402
+
 SIZES = [6.5e3, 13e3, 20e3, 40e3, 68e3, 102e3]
 SHORTEST = 65_536
 LENGTHS, COOLDOWN = 5, 0.2
