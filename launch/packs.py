@@ -46,10 +46,13 @@ def form_pack(ready: Sequence[dict], size_of: Callable[[Mapping], int]) -> list[
     Args:
       ready: manifest entries in the order wanted. size_of: config to the most cells in its pack.
     """
-    from scaling.train import program_key  # here, so that the command line need not wait for it
-
     first = ready[0]
-    key, most = program_key(first["config"]), size_of(first["config"])
+    most = size_of(first["config"])
+    if most == 1:
+        return [first]
+    from scaling.program import program_key  # here, so that who packs nothing need not wait for flax
+
+    key = program_key(first["config"])
     return [e for e in ready if program_key(e["config"]) == key][:most]
 
 

@@ -7,8 +7,6 @@ time is not: FLOPs by the exact ledger over the chip's peak, a floor that no run
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,11 +19,11 @@ from fits.budget import PEAK_FLOPS
 from launch.show import data_facts
 from pallas_kernels import aot
 from scaling import data
-from scaling.config import ConfigError, validate_section
+from scaling.config import ConfigError, validate_cell, validate_section
 from scaling.flops import ledger
 from scaling.grid import plan
 from scaling.optim import hyper_parameters
-from scaling.program import Static, first_state, step_function
+from scaling.program import Static, first_state, program_key, step_function
 from scaling.records import read_manifest
 from scaling.study import load_study
 
@@ -46,12 +44,6 @@ def read_cells(study: Path) -> list[dict]:
     settings = load_study(study)
     dataset = data.open_data(validate_section("data", settings["data"]))
     return plan(settings, data_facts(dataset, settings["data"].get("seq", 128)))["cells"]
-
-
-def shape_of(config: Mapping) -> str:
-    """What decides the compiled step: equal strings share a program."""
-    static = dataclasses.astuple(Static.of(config))
-    return json.dumps([static, config["train"]["batch"], config["data"]["seq"]])
 
 
 def preflight(
@@ -79,9 +71,10 @@ def preflight(
         aot.tpu_topology(generation)
     except RuntimeError as error:
         raise ConfigError(str(error)) from error
-    groups: dict[str, list[Mapping]] = {}
+    groups: dict[tuple, list[Mapping]] = {}
     for cell in cells:
-        groups.setdefault(shape_of(cell["config"]), []).append(cell)
+        cell = {**cell, "config": validate_cell(cell["config"])}  # an earlier version's lacks later fields
+        groups.setdefault(program_key(cell["config"]), []).append(cell)
     for group in groups.values():
         yield _describe(group, generation) | _compile(group[0]["config"], generation, remat)
 

@@ -69,7 +69,8 @@ class Lane:
     """A job under way.
 
     Attributes:
-      done: updates so far. active: whether it has steps left to do.
+      done: updates so far. first_step: those behind it when this attempt began. active: whether it has
+        steps left to do.
       wall_seconds, device_seconds: of all attempts that led here; cells of a pack share the device's time.
     """
 
@@ -87,7 +88,7 @@ class Lane:
         self.checkpoints = Checkpoints(self.folder.checkpoints, self.name, keep_steps=job.keep)
         self.log_every = max(1, self.steps // LOGGED_POINTS)
         self.eval_steps = eval_steps(cell, job.fork)
-        self.done, self.active = 0, True
+        self.done, self.first_step, self.active = 0, 0, True
         self.evals: list[dict] = []
         self.file = None
         self.wall_seconds = self.device_seconds = 0.0
@@ -265,15 +266,13 @@ class Lane:
     def timing(self, steps: int) -> dict:
         """Time of all attempts that led to this result, and memory where the device tells."""
         memory = jax.devices()[0].memory_stats() or {}
-        tokens = steps * self.batch * self.seq
+        speed = steps * self.batch * self.seq / self.device_seconds if self.device_seconds else None
         return {
             "wall_seconds": self.wall_seconds,
             "device_seconds": self.device_seconds,
-            "tokens_per_second": tokens / self.device_seconds if self.device_seconds else None,
-            "flops_per_second": self.account.train_flops(tokens) / self.device_seconds
-            if self.device_seconds
-            else None,
-            "resumed_from_step": getattr(self, "first_step", 0),
+            "tokens_per_second": speed,
+            "flops_per_second": None if speed is None else self.account.train_flops(speed),
+            "resumed_from_step": self.first_step,
             "peak_bytes": memory.get("peak_bytes_in_use"),
             "finished_at": time.time(),
         }

@@ -14,7 +14,7 @@ import optax
 from optax import contrib
 
 from scaling.parametrization import update_scales
-from scaling.schedules import learning_rate
+from scaling.schedules import as_compiled, learning_rate
 
 
 def hyper_parameters(cell: Mapping) -> dict:
@@ -34,7 +34,7 @@ def hyper_parameters(cell: Mapping) -> dict:
         "update_rms": optim["update_rms"],
         "steps": train["steps"],
         "warmup": schedule["warmup_steps"],
-        "decay_fraction": 0.0 if schedule["name"] == "constant" else schedule["decay_fraction"],
+        "decay_fraction": as_compiled(schedule)[1],
         "final_fraction": schedule["final_fraction"],
         "z_loss": train["z_loss"],
         "skip_sigma": train["skip_sigma"],

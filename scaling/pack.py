@@ -23,20 +23,19 @@ class Turns:
         """What the cells have, each its own, as ``step`` takes it."""
         return list(trees)
 
-    def step(self, states: list, batches: Sequence, hp: Sequence, active: Sequence[bool]):
-        """One update of every active cell; the others stay as they are.
+    def step(self, states: list, batches: Sequence, hp: Sequence):
+        """One update of every cell that has a batch; the others stay as they are.
 
         Args:
-          states, hp: gathered. batches: one a cell, None for a cell that is not active.
-          active: which cells step.
+          states, hp: gathered. batches: one a cell, None for a cell that has ended.
 
         Returns:
           (states, metrics), metrics as ``metrics_of`` takes them.
         """
         metrics: list = [None] * len(states)
-        for j in range(len(states)):
-            if active[j]:
-                states[j], metrics[j] = self.one_step(states[j], batches[j], hp[j])
+        for j, batch in enumerate(batches):
+            if batch is not None:
+                states[j], metrics[j] = self.one_step(states[j], batch, hp[j])
         return states, metrics
 
     def lane(self, states: list, j: int):
@@ -59,14 +58,14 @@ class Vmapped:
     def gather(self, trees: Sequence):
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
-    def step(self, states, batches: Sequence, hp, active: Sequence[bool]):
+    def step(self, states, batches: Sequence, hp):
         there = next(b for b in batches if b is not None)
         if self.filler is None:  # rows that count: an all-zero mask has no mean loss
             self.filler = {k: np.zeros_like(v) for k, v in there.items()}
             self.filler["loss_mask"] = np.ones_like(there["loss_mask"])
         rows = [self.filler if b is None else b for b in batches]
         stacked = {k: np.stack([row[k] for row in rows]) for k in there}
-        return self.all_steps(states, stacked, hp, np.array(active))
+        return self.all_steps(states, stacked, hp, np.array([b is not None for b in batches]))
 
     def lane(self, states, j: int):
         return self.one_of(states, j)

@@ -11,6 +11,7 @@ import jax
 from scaling.models.lm import build
 from scaling.models.loss import eval_sums
 from scaling.precision import matmul_of
+from scaling.schedules import as_compiled
 from scaling.step import init_state, train_step
 
 UNROLLED_LAYERS = 4
@@ -35,13 +36,10 @@ class Static:
     @classmethod
     def of(cls, cell: Mapping) -> Static:
         """The static part of a validated cell config."""
-        schedule = cell["schedule"]["name"]
-        if schedule == "constant":  # a WSD without a decay, so that a trunk and its branches share a program
-            schedule = "wsd"
         return cls(
             model=tuple(sorted(cell["model"].items())),
             optim=cell["optim"]["name"],
-            schedule=schedule,
+            schedule=as_compiled(cell["schedule"])[0],
             decay=cell["schedule"]["decay"],
             precision=tuple(sorted(cell["precision"].items())),
             skip_window=cell["train"]["skip_window"] if cell["train"]["skip_spikes"] else None,
@@ -67,6 +65,11 @@ class Static:
             remat=remat,
             matmul=matmul_of(dict(self.precision)),
         )
+
+
+def program_key(cell: Mapping) -> tuple:
+    """What cells must share to share a compiled program: those of one pack, those compiled once ahead."""
+    return Static.of(cell), cell["train"]["batch"], cell["data"]["seq"]
 
 
 def first_state(static: Static, seed: int, hp):

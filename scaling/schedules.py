@@ -7,6 +7,8 @@ it begins the factor is exactly one, so that a WSD cell and its constant trunk a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 
 FALLS = {
@@ -60,6 +62,16 @@ def rex(step, hp, decay="linear"):
 def constant(step, hp, decay="linear"):
     """Warm-up, then constant: the trunk of a WSD run."""
     return _warm(step, hp) * hp["lr"]
+
+
+def as_compiled(schedule: Mapping) -> tuple[str, float]:
+    """The schedule that a ``schedule`` section is compiled as, and its ``decay_fraction``.
+
+    A constant rate is a WSD without a cooldown, so that a trunk and its branches share one program.
+    """
+    if schedule["name"] == "constant":
+        return "wsd", 0.0
+    return schedule["name"], schedule["decay_fraction"]
 
 
 def _warm(step, hp):

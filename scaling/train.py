@@ -19,7 +19,7 @@ from scaling.files import CellFolder, StudyError, read_json, write_json
 from scaling.flops import CONVENTIONS, ledger
 from scaling.lane import Diverged, Job, Lane
 from scaling.pack import program_for
-from scaling.program import Static, first_state
+from scaling.program import Static, first_state, program_key
 from scaling.records import read_result
 from scaling.step import eval_params
 from scaling.tracking import Tracker
@@ -150,11 +150,6 @@ def open_planned_data(cell: Mapping):
     return dataset
 
 
-def program_key(cell: Mapping) -> tuple:
-    """What cells of one pack must share."""
-    return Static.of(cell), cell["train"]["batch"], cell["data"]["seq"]
-
-
 class Pack:
     """Cells of one shape under way together."""
 
@@ -171,9 +166,9 @@ class Pack:
         self.prefetch = execution.prefetch
         if self.prefetch is None:
             self.prefetch = 0 if jax.default_backend() == "cpu" else 2
-        opened: dict[str, object] = {}
-        for job in jobs:  # cells of one study share their data
-            key = canonical_json(job.cell["data"])
+        opened: dict[str, object] = {}  # cells of one study share their data
+        keys = [canonical_json(job.cell["data"]) for job in jobs]
+        for key, job in zip(keys, jobs, strict=True):
             opened[key] = opened.get(key) or open_planned_data(job.cell)
         first = jobs[0]
         self.tracker = Tracker(
@@ -183,7 +178,7 @@ class Pack:
             tracked_config(first.cell, cell_id(first.cell)),
         )
         listen = on_metrics or self.tracker.log
-        self.lanes = [Lane(job, opened[canonical_json(job.cell["data"])], listen) for job in jobs]
+        self.lanes = [Lane(job, opened[key], listen) for key, job in zip(keys, jobs, strict=True)]
         self.clock = time.perf_counter()
         self.result = None
 
@@ -196,16 +191,16 @@ class Pack:
                 batches = [self.batches_of(lane) for lane in self.lanes]
                 pending = None
                 while any(lane.active for lane in self.lanes):
-                    stepping = [lane.active for lane in self.lanes]
-                    rows = [next(b) if a else None for a, b in zip(stepping, batches, strict=True)]
-                    state, metrics = self.program.step(state, rows, hp, stepping)
-                    for lane in self.stepping(stepping):
-                        lane.done += 1
+                    pairs = zip(self.lanes, batches, strict=True)
+                    rows = [next(own) if lane.active else None for lane, own in pairs]
+                    state, metrics = self.program.step(state, rows, hp)
+                    for lane in self.lanes:
+                        lane.done += lane.active
+                    done = [lane.done if lane.active else None for lane in self.lanes]
                     if pending is not None:  # one step late, so that the device never waits for Python
                         self.read(*pending)
-                    done = [lane.done if a else None for a, lane in zip(stepping, self.lanes, strict=True)]
                     pending = (done, metrics)
-                    if any(self.needs_a_stop(lane) for lane in self.stepping(stepping)):
+                    if any(lane.active and self.needs_a_stop(lane) for lane in self.lanes):
                         self.read(*pending)
                         pending = None
                         for j, lane in enumerate(self.lanes):
@@ -216,9 +211,6 @@ class Pack:
             for lane in self.lanes:
                 lane.close()
             self.tracker.finish(self.result)
-
-    def stepping(self, which: Sequence[bool]) -> list[Lane]:
-        return [lane for a, lane in zip(which, self.lanes, strict=True) if a]
 
     def start(self):
         """Every cell's state, gathered; cells that were killed after their last step are ended here."""

@@ -1,11 +1,10 @@
 """Trunk and branch: a branch is the WSD cell that trained alone, bit for bit, for less."""
 
-import copy
 import json
 
 import numpy as np
 import pytest
-from tiny_study import tiny_study
+from tiny_study import tiny_cell, tiny_study
 
 from scaling.branches import fork_step, saving, spent_flops, trunk_of
 from scaling.config import ConfigError, cell_id, validate_cell
@@ -23,14 +22,8 @@ FACTS = {"fingerprint": "f" * 16, "vocab": 256, "unique_tokens": 10**9, "heldout
 @pytest.fixture
 def cells(corpus):
     """WSD cells of 20 and 40 steps that share a trunk."""
-    base = {
-        "model": {"d_model": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "ffn_dim": 24},
-        "data": {"source": "text", "path": str(corpus), "seq": 32},
-        "optim": {"lr": 1e-2},
-        "schedule": {"warmup_steps": 3, "decay_fraction": 0.25},
-        "eval": {"sequences": 16, "points": 2},
-    }
-    return [validate_cell({**copy.deepcopy(base), "train": {"batch": 4, "steps": n}}) for n in (20, 40)]
+    same = {"model": {"layers": 1}, "schedule": {"decay_fraction": 0.25}}
+    return [tiny_cell(corpus, **same, train={"steps": n}) for n in (20, 40)]
 
 
 def jobs(cells, folder):

@@ -1,11 +1,10 @@
 """Packs: cells side by side, each as if it were alone."""
 
-import copy
-
 import numpy as np
 import pytest
+from tiny_study import tiny_cell
 
-from scaling.config import ConfigError, cell_id, validate_cell
+from scaling.config import ConfigError, cell_id
 from scaling.files import CellFolder, read_jsonl
 from scaling.lane import Job
 from scaling.train import Execution, train, train_pack
@@ -14,27 +13,14 @@ from scaling.train import Execution, train, train_pack
 @pytest.fixture
 def cells(corpus):
     """Four cells of one shape that differ in seed, rate, decay, warm-up and length."""
-    base = {
-        "model": {"d_model": 16, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 8, "ffn_dim": 24},
-        "data": {"source": "text", "path": str(corpus), "seq": 32},
-        "optim": {"lr": 1e-2},
-        "schedule": {"warmup_steps": 3},
-        "train": {"batch": 4, "steps": 30},
-        "eval": {"sequences": 16, "points": 2},
-    }
-    changes = (
-        {},
-        {"train": {"seed": 1, "steps": 12}},
-        {"optim": {"lr": 3e-3, "weight_decay": 0.0}, "schedule": {"warmup_steps": 6}},
-        {"optim": {"lr": 80.0, "grad_clip": None, "weight_decay": 0.0}},  # diverges
-    )
-    out = []
-    for change in changes:
-        cell = copy.deepcopy(base)
-        for section, fields in change.items():
-            cell[section] |= fields
-        out.append(validate_cell(cell))
-    return out
+    steps = {"steps": 30}
+    return [
+        tiny_cell(corpus, train=steps),
+        tiny_cell(corpus, train={"seed": 1, "steps": 12}),
+        tiny_cell(corpus, train=steps, optim={"lr": 3e-3, "weight_decay": 0.0}, schedule={"warmup_steps": 6}),
+        # diverges
+        tiny_cell(corpus, train=steps, optim={"lr": 80.0, "grad_clip": None, "weight_decay": 0.0}),
+    ]
 
 
 def jobs(cells, folder):

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import optax
 import pytest
+from tiny_study import tiny_cell
 
 from scaling.config import ConfigError, cell_id, validate_cell
 from scaling.files import CellFolder, StudyError, read_jsonl
@@ -14,16 +15,7 @@ from scaling.train import Execution, train
 
 @pytest.fixture
 def cell(corpus):
-    return validate_cell(
-        {
-            "model": {"d_model": 16, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 8, "ffn_dim": 24},
-            "data": {"source": "text", "path": str(corpus), "seq": 32},
-            "optim": {"lr": 1e-2},
-            "schedule": {"warmup_steps": 3},
-            "train": {"batch": 4, "steps": 40},
-            "eval": {"sequences": 16, "points": 2},
-        }
-    )
+    return tiny_cell(corpus)
 
 
 class Killed(BaseException):
