@@ -20,7 +20,7 @@ from pathlib import Path
 from launch import packs
 from scaling.branches import spent_flops
 from scaling.chips import peak_flops
-from scaling.config import ConfigError
+from scaling.config import ConfigError, validate_cell
 from scaling.files import CellFolder, StorageError, StudyError, claim, explain_os_error, read_json, write_json
 from scaling.records import RESULTS, check_cells, progress, read_manifest
 
@@ -72,10 +72,11 @@ def work(study: Path, execution, only: list[str] | None = None, pack: str = "aut
     Raises:
       StorageError: the study cannot be written; no cell could go on.
     """
-    entries = read_manifest(study)["cells"]
+    # a study planned by an earlier version lacks the fields added since
+    entries = [{**e, "config": validate_cell(e["config"])} for e in read_manifest(study)["cells"]]
     wanted = with_their_trunks(entries, only)
     # a trunk first, its branches wait for it; then the most expensive
-    order = sorted(wanted, key=lambda e: (e["role"] != "trunk", -spent_flops(e)))
+    order = sorted(wanted, key=lambda e: (e.get("role") != "trunk", -spent_flops(e)))
     size_of = pack_size(pack)
     while waiting := [e for e in order if not is_over(study, e)]:
         busy: set[str] = set()

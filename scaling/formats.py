@@ -39,12 +39,12 @@ def bits(cell: Mapping) -> dict[str, int]:
     """Bits an element in the layers' matmuls: the P of a precision law (Kumar et al. 2024).
 
     Args:
-      cell: a validated cell config.
+      cell: a cell config; one from before there was a precision section simulates nothing.
 
     Returns:
       ``weights``, ``activations``, ``gradients``: of the simulated format, or of the compute dtype where
       none is simulated. Shared scales are not counted (a block of 32 adds 8/32 bit).
     """
     plain = {"float32": 32, "bfloat16": 16}[cell["model"]["dtype"]]
-    names = {operand: cell["precision"][operand] for operand in OPERANDS}
+    names = {operand: cell.get("precision", {}).get(operand) for operand in OPERANDS}
     return {operand: plain if name is None else FORMATS[name].bits for operand, name in names.items()}

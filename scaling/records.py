@@ -134,7 +134,7 @@ def cell_rows(manifest: Mapping, entry: Mapping, folder: CellFolder) -> list[dic
         "batch_tokens": config["train"]["batch"] * config["data"]["seq"],
         "steps": config["train"]["steps"],
         "lr": config["optim"]["lr"],
-        **{f"{operand[:-1]}_bits": b for operand, b in bits(validate_cell(config)).items()},
+        **{f"{operand[:-1]}_bits": b for operand, b in bits(config).items()},
     }
     if not folder.result.exists():
         status, reason = unfinished(folder)

@@ -10,6 +10,7 @@ from tiny_study import tiny_study
 from fits import fit_table
 from launch import local, packs
 from launch.cli import cli
+from scaling.config import cell_id
 from scaling.files import CellFolder, write_json
 from scaling.train import Execution
 
@@ -67,6 +68,27 @@ def test_one_branch_brings_its_trunk_and_waits_for_it(study):
     (trunk.checkpoints / str(branch["fork"])).rmdir()
     write_json(trunk.failure, {"reason": "x", "attempts": local.MAX_FAILURES})
     assert local.is_ready(study, branch)  # it will not come: the branch trains from its own beginning
+
+
+def test_a_study_planned_before_a_field_was_added_still_runs(study, monkeypatch):
+    import scaling.train
+
+    entries = json.loads((study / "manifest.json").read_text())["cells"]
+    old = [e for e in entries if e["role"] == "trunk"]
+    for entry in old:
+        del entry["config"]["precision"], entry["config"]["train"]["skip_spikes"], entry["role"]
+    trained = []
+
+    def finish(jobs, execution, on_metrics):
+        trained.extend(jobs)
+        for job in jobs:
+            write_json(job.folder.result, {"status": "finished"})
+
+    monkeypatch.setattr(scaling.train, "train_pack", finish)
+    monkeypatch.setattr(local, "read_manifest", lambda study: {"cells": old})
+    local.work(study, Execution(), pack="turns")
+    assert {job.folder.path.name for job in trained} == {e["id"] for e in old}
+    assert all(cell_id(job.cell) == job.folder.path.name for job in trained)
 
 
 def test_one_that_fails_in_company_does_not_take_the_others_with_it(study, monkeypatch):
