@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from launch.options import BUDGET_OPTIONS, LIMIT_OPTIONS, SIZE_OPTIONS, with_options
+from launch.options import BUDGET_OPTIONS, LIMIT_OPTIONS, SIZE_OPTIONS, fit_options, with_options
 from scaling import __version__
 from scaling.config import ConfigError
 from scaling.files import StudyError
@@ -44,8 +44,6 @@ def fail(message: str) -> None:
     stderr.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     sys.exit(2)
 
-
-LOSSES = ["huber", "lad", "lsq", "quantile", "expectile"]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs, nothing else.")
 
@@ -339,40 +337,6 @@ def export(study, cell, out, dtype, tokenizer, as_json):
     done = export_cell(study, cell, out, dtype=dtype, tokenizer=tokenizer)
     said = "cell {cell}, step {step} of {steps}, as {architecture} in {dtype}: {folder}".format(**done)
     emit(as_json, done, lambda: console.print(said, soft_wrap=True))
-
-
-def fit_options(command):
-    """Options that say how to fit, shared by the commands that fit."""
-    options = [
-        click.option("--law", default="chinchilla", show_default=True, help="Name of the law."),
-        click.option("--loss", type=click.Choice(LOSSES), default="huber", show_default=True),
-        click.option("--delta", type=float, default=1e-3, show_default=True, help="Huber's delta."),
-        click.option(
-            "--delta-unit",
-            type=click.Choice(["absolute", "scale"]),
-            default="absolute",
-            show_default=True,
-            help="Unit of --delta: the residual's own, or its robust standard deviation.",
-        ),
-        click.option("--tau", type=float, default=0.5, show_default=True, help="Of quantile and expectile."),
-        click.option("--weights", metavar="COLUMN", help="A weight per row."),
-        click.option("--stderr", metavar="COLUMN", help="Standard error of each loss, e.g. loss_stderr."),
-        click.option("--space", type=click.Choice(["log", "raw"]), default="log", show_default=True),
-        click.option("--bootstraps", type=click.IntRange(min=0), default=1000, show_default=True),
-        click.option(
-            "--cluster",
-            default="auto",
-            show_default=True,
-            help="auto, size, budget, compute, row, or a column; two joined by + are crossed.",
-        ),
-        click.option("--exclude", multiple=True, metavar="RULE", help="Leave out rows: 'tokens < params'."),
-        click.option("--fixed", multiple=True, metavar="NAME=VALUE", help="Pin a parameter, e.g. E=1.6."),
-        click.option("--map", "columns", metavar="params=N,tokens=D", help="Column names: ours=theirs."),
-        click.option("--token-unit", type=float, default=1.0, help="1e9 where tokens are in billions."),
-        click.option("--param-unit", type=float, default=1.0, help="1e6 where parameters are in millions."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Seed of the bootstrap."),
-    ]
-    return with_options(options)(command)
 
 
 @cli.command()

@@ -1,4 +1,4 @@
-"""Options of the commands that ask for a budget and its limits."""
+"""Options that commands share: budgets and their limits, and how to fit."""
 
 from __future__ import annotations
 
@@ -41,3 +41,40 @@ SIZE_OPTIONS = (
 def with_options(options):
     """A decorator that adds click options in the order given."""
     return lambda command: functools.reduce(lambda f, option: option(f), reversed(options), command)
+
+
+LOSSES = ["huber", "lad", "lsq", "quantile", "expectile"]
+
+
+def fit_options(command):
+    """Options that say how to fit, shared by the commands that fit."""
+    options = [
+        click.option("--law", default="chinchilla", show_default=True, help="Name of the law."),
+        click.option("--loss", type=click.Choice(LOSSES), default="huber", show_default=True),
+        click.option("--delta", type=float, default=1e-3, show_default=True, help="Huber's delta."),
+        click.option(
+            "--delta-unit",
+            type=click.Choice(["absolute", "scale"]),
+            default="absolute",
+            show_default=True,
+            help="Unit of --delta: the residual's own, or its robust standard deviation.",
+        ),
+        click.option("--tau", type=float, default=0.5, show_default=True, help="Of quantile and expectile."),
+        click.option("--weights", metavar="COLUMN", help="A weight per row."),
+        click.option("--stderr", metavar="COLUMN", help="Standard error of each loss, e.g. loss_stderr."),
+        click.option("--space", type=click.Choice(["log", "raw"]), default="log", show_default=True),
+        click.option("--bootstraps", type=click.IntRange(min=0), default=1000, show_default=True),
+        click.option(
+            "--cluster",
+            default="auto",
+            show_default=True,
+            help="auto, size, budget, compute, row, or a column; two joined by + are crossed.",
+        ),
+        click.option("--exclude", multiple=True, metavar="RULE", help="Leave out rows: 'tokens < params'."),
+        click.option("--fixed", multiple=True, metavar="NAME=VALUE", help="Pin a parameter, e.g. E=1.6."),
+        click.option("--map", "columns", metavar="params=N,tokens=D", help="Column names: ours=theirs."),
+        click.option("--token-unit", type=float, default=1.0, help="1e9 where tokens are in billions."),
+        click.option("--param-unit", type=float, default=1.0, help="1e6 where parameters are in millions."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Seed of the bootstrap."),
+    ]
+    return with_options(options)(command)
