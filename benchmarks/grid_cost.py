@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # beside this file lies another fits.py
 
 import fits  # noqa: E402
+from experiments.quickstart import get_config  # noqa: E402
 from scaling.branches import saving  # noqa: E402
 from scaling.records import collect  # noqa: E402
 
@@ -38,25 +39,15 @@ SIZES = [6.5e3, 13e3, 20e3, 40e3, 68e3, 102e3]
 SHORTEST = 65_536
 LENGTHS, COOLDOWN = 5, 0.2
 LIMIT = (2 - 2 ** (1 - LENGTHS)) / ((1 - COOLDOWN) + COOLDOWN * (2 - 2 ** (1 - LENGTHS)))
-RECIPE = dict(
-    params=33e3, tokens=2.0e6, lr=4.5e-3, tau=3.0, batch_tokens=1024, beta2=0.99, width_per_layer=28.0,
-    width_multiple=12, ffn_multiple=8,
-)  # fmt: skip
 
 
 def config(name: str, scale: float, seeds: list[int], trunks: bool) -> dict:
+    """The quickstart's study on this grid."""
     tokens = [scale * SHORTEST * 2**k for k in range(LENGTHS)]
     schedule = {"name": "wsd", "decay_fraction": COOLDOWN} if trunks else {"name": "cosine"}
-    return {
-        "name": name,
-        "grid": {"kind": "product", "params": SIZES, "tokens": tokens, "trunks": trunks, "tolerance": 0.03},
-        "model": {"head_dim": 12},
-        "data": {"source": "stdlib", "seq": 128},
-        "recipe": RECIPE,
-        "schedule": schedule,
-        "eval": {"sequences": 512},
-        "seeds": seeds,
-    }
+    grid = {"kind": "product", "params": SIZES, "tokens": tokens, "trunks": trunks, "tolerance": 0.03}
+    own = {"name": name, "grid": grid, "schedule": schedule, "seeds": seeds}
+    return {**get_config().to_dict(), **own}
 
 
 def scaling(*args: str, cache: Path) -> None:

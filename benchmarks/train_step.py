@@ -214,10 +214,8 @@ def gpu_section(torch_python: str, steps: int, rounds: int) -> list[dict]:
     Raises:
       SystemExit: no GPU, or no torch.
     """
-    # fits.py beside this file would be found in place of the package
-    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]
-    from fits.budget import PEAK_FLOPS
     from scaling.flops import ledger
+    from scaling.records import mfu
 
     if shutil.which("nvidia-smi") is None:
         raise SystemExit("--gpu: no NVIDIA GPU was found here")
@@ -243,10 +241,9 @@ def gpu_section(torch_python: str, steps: int, rounds: int) -> list[dict]:
         row = {"size": size, "params": ledger(model, seq).params_total, "batch": batch, "seq": seq}
         for name, values in seen.items():
             speed = batch * seq / statistics.median(v["seconds"] for v in values)
-            peaks = [p for chip, p in PEAK_FLOPS.items() if chip in values[0]["device"].lower()]
             row |= {f"{name}_{k}": values[0][k] for k in ("device", "version", "peak_bytes")}
             row[f"{name}_tokens_per_second"] = speed
-            row[f"{name}_mfu"] = flops * speed / peaks[0] if peaks else None
+            row[f"{name}_mfu"] = mfu(flops * speed, values[0]["device"])
         row["ratio"] = row["ours_tokens_per_second"] / row["torch_tokens_per_second"]
         rows.append(row)
         print(json.dumps(row, indent=1), flush=True)

@@ -1,20 +1,13 @@
 """The optimum of the learning-rate benchmark, on losses whose optimum is known."""
 
-import importlib.util
-import pathlib
-
 import numpy as np
 import pytest
-
-FILE = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "lr_transfer.py"
+from benchmark_script import load_script
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("lr_transfer", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("lr_transfer")
 
 
 def test_optimum_of_a_parabola_and_its_error_from_seeds(bench):

@@ -1,12 +1,7 @@
 """Reading the compiler's static schedules: a small text in their form, counted by hand."""
 
-import importlib.util
-import pathlib
-import sys
-
 import pytest
-
-HERE = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
+from benchmark_script import load_script
 
 SCHEDULE = """\
 = control target key start
@@ -36,12 +31,7 @@ iteration_bounds: (3, 4)
 
 @pytest.fixture(scope="module")
 def rank():
-    spec = importlib.util.spec_from_file_location("rank_tpu_blocks", HERE / "rank_tpu_blocks.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load_script("rank_tpu_blocks")
 
 
 def test_bundles_of_steps_edges_and_inner_loops(rank):

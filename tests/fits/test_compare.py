@@ -1,19 +1,15 @@
 """Speed-ups and crossovers that are known exactly."""
 
-import importlib.util
 import json
 import math
-import pathlib
-import sys
 
 import numpy as np
 import pytest
+from benchmark_script import load_script
 from fits_tables import PLANTED, planted_table
 
 from fits import FitError, fit_table
 from fits.compare import compare
-
-BENCHMARK = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "coverage.py"
 
 
 def faster(k):
@@ -76,13 +72,7 @@ def test_intervals_cover_the_planted_speedup():
     At 95 % nominal fewer than 33 covered has probability 1e-3 a budget; at the 75 % of rows that are wrongly
     taken as independent it has 0.8. Medians of widths, and deviations, of 40 are known to about 15 %.
     """
-    spec = importlib.util.spec_from_file_location("coverage_study", BENCHMARK)
-    study = importlib.util.module_from_spec(spec)
-    path = list(sys.path)
-    try:
-        spec.loader.exec_module(study)
-    finally:
-        sys.path[:] = path
+    study = load_script("coverage")
     got = study.speedup_study(9, 5, 0.0, "huber", "row", pairs=40, resamples=100)
     assert got["pairs"] >= 38 and set(got["coverage"]) == {"0.1x top", "1x top", "10x top"}
     assert min(got["coverage"].values()) * got["pairs"] >= 33 * got["pairs"] / 40

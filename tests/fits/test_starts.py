@@ -1,24 +1,17 @@
 """Random starts never beat the reported optimum, and both derivations of one law end at one place."""
 
-import importlib.util
-import pathlib
-
 import numpy as np
 import pytest
+from benchmark_script import load_script
 from fits_tables import PLANTED, planted_table
 
 from fits.laws import Law, get_law
 from fits.solve import solve
 
-BENCHMARK = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "fits.py"
-
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_of_fits", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("fits")
 
 
 def columns(table, loss="loss"):
