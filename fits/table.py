@@ -239,9 +239,9 @@ def _exclusions(source, columns, numbers, raw, needs, exclude, n, wanted) -> lis
     if status in source:
         bad = np.array([str(s).strip().lower() not in FINISHED for s in source[status]])
         put(bad, lambda i: f"status is {source[status][i]}, not finished")
-    for role, words in NOT_FOR_A_FIT.items():
-        if "role" in source:
-            put(np.array([str(r).strip() == role for r in source["role"]]), words)
+    if "role" in source:
+        roles = [str(r).strip() for r in source["role"]]
+        put(np.array([r in NOT_FOR_A_FIT for r in roles]), lambda i: NOT_FOR_A_FIT[roles[i]])
     if "final" in source:  # a run table's other rows are evaluations on the way, before the rate decayed
         put(
             np.array([str(f).lower() in ("false", "0", "0.0") for f in source["final"]]),

@@ -15,7 +15,6 @@ from flax import nnx
 
 from scaling.config import validate_cell
 from scaling.models.attention import rope_table
-from scaling.models.lm import times
 from scaling.optim import hyper_parameters
 from scaling.program import Static, compiled, first_state
 
@@ -40,10 +39,8 @@ def activations(apply, params, inputs_BT) -> dict:
     )
 
     def layer(x_BTD, arrays):
-        block = nnx.merge(graphdef, arrays)
-        mixed = times(block.multiplier, block.mixer(block.mixer_norm(x_BTD), rope, None))
-        fed = times(block.multiplier, block.ffn(block.ffn_norm(x_BTD + mixed)))
-        return x_BTD + mixed + fed, (mixed, fed, x_BTD + mixed + fed)
+        after, mixed, fed = nnx.merge(graphdef, arrays).with_branches(x_BTD, rope, None)
+        return after, (mixed, fed, after)
 
     embedding = model.embed(inputs_BT)
     _, (mixed, fed, stream) = jax.lax.scan(layer, embedding, stacked)

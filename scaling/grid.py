@@ -98,7 +98,7 @@ def plan(study: Mapping, data: Mapping) -> dict:
                 reason = f"resolves to the same cell as params {seen[name]:g}"
             else:
                 seen[name] = target.params
-                cells.append(entry(name, cell, target))
+                cells.append(entry(name, cell, target.describe()))
                 continue
         dropped.append({"target": target.describe(), "reason": reason})
     if not cells:
@@ -273,10 +273,9 @@ def achieved(cell: Mapping) -> dict:
     }
 
 
-def entry(name: str, cell: Mapping, target: Target | Mapping) -> dict:
+def entry(name: str, cell: Mapping, target: Mapping) -> dict:
     """One cell of the manifest."""
-    target = target.describe() if isinstance(target, Target) else dict(target)
-    return {"id": name, "role": "cell", "target": target, "achieved": achieved(cell), "config": cell}
+    return {"id": name, "role": "cell", "target": dict(target), "achieved": achieved(cell), "config": cell}
 
 
 def write_manifest(study: Path | str, manifest: dict, grow: bool = False) -> str:

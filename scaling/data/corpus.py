@@ -83,12 +83,10 @@ def open_data(data_cfg: Mapping) -> Dataset:
     check_data(cfg)
     if cfg["source"] == "mixture":
         return _open_mixture(cfg)
-    path = text.stdlib_folder() if cfg["source"] == "stdlib" else None
-    if cfg["source"] in ("text", "tokens"):
-        path = _folder(cfg)
     if cfg["source"] in SYNTHETIC_SOURCES:
-        opened = _open_synthetic(cfg)
+        path, opened = None, _open_synthetic(cfg)
     else:
+        path = _folder(cfg)
         opened = _open_shards(path, cfg) if cfg["source"] == "tokens" else _open_bytes(path, cfg)
     train, heldout, vocab, about = opened
     _check_fingerprint(cfg, about["fingerprint"], path)
@@ -115,6 +113,8 @@ def open_data(data_cfg: Mapping) -> Dataset:
 
 
 def _folder(cfg: dict) -> Path | RemoteFolder:
+    if cfg["source"] == "stdlib":
+        return text.stdlib_folder()
     if not is_remote(cfg["path"]):
         return Path(cfg["path"]).expanduser().absolute()
     if cfg["source"] == "text":

@@ -41,8 +41,14 @@ class Block(nnx.Module):
         self.multiplier = parametrization.branch_multiplier(cfg)
 
     def __call__(self, x_BTD, rope, segment_ids_BT):
-        x_BTD = x_BTD + times(self.multiplier, self.mixer(self.mixer_norm(x_BTD), rope, segment_ids_BT))
-        return x_BTD + times(self.multiplier, self.ffn(self.ffn_norm(x_BTD)))
+        return self.with_branches(x_BTD, rope, segment_ids_BT)[0]
+
+    def with_branches(self, x_BTD, rope, segment_ids_BT):
+        """The stream after the layer, and what mixer and feed-forward added to it, all [B, T, D]."""
+        mixed_BTD = times(self.multiplier, self.mixer(self.mixer_norm(x_BTD), rope, segment_ids_BT))
+        x_BTD = x_BTD + mixed_BTD
+        fed_BTD = times(self.multiplier, self.ffn(self.ffn_norm(x_BTD)))
+        return x_BTD + fed_BTD, mixed_BTD, fed_BTD
 
 
 class Embedding(nnx.Module):
