@@ -1,8 +1,9 @@
 """Checkpoints of a cell: written by Orbax, verified on the way back.
 
-A checkpoint is the train state and a small metadata record (the cell's id, a digest of every
-array, the training seconds so far). A kill in mid-save leaves only a temporary folder, which Orbax ignores;
-a checkpoint that cannot be read back, or whose digest differs, is set aside and the one before
+A checkpoint is the train state and a small metadata record (the cell's id, a checksum of every array, the
+training seconds so far); it is read back onto whatever devices and processes ask for it. A kill in
+mid-save leaves only a temporary folder, which Orbax ignores;
+a checkpoint that cannot be read back, or whose checksum differs, is set aside and the one before
 it is used.
 """
 
@@ -10,15 +11,15 @@ from __future__ import annotations
 
 import logging
 import shutil
-import zlib
 from collections.abc import Collection
 from pathlib import Path
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
+from scaling import hosts
+from scaling.digest import digest
 from scaling.files import StorageError, StudyError, explain_os_error
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class Checkpoints:
           StorageError: the disk is full or the folder cannot be written.
         """
         step = int(state.step)
-        metadata = {"cell": self.cell, "digest": digest(state), "seconds": seconds}
+        metadata = {"cell": self.cell, "checksum": digest(state), "seconds": seconds}
         metadata["device_seconds"] = seconds if device_seconds is None else device_seconds
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata))
         try:
@@ -104,7 +105,7 @@ class Checkpoints:
         Nothing in that folder is changed: its own cell may be training.
         """
         options = ocp.CheckpointManagerOptions(read_only=True)
-        if not (Path(folder) / str(step)).exists():
+        if not hosts.agree((Path(folder) / str(step)).exists()):
             return None
         with ocp.CheckpointManager(Path(folder).absolute(), options=options) as manager:
             state, _, problem = read_step(manager, step, like)
@@ -115,8 +116,10 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> None:
         source, target = self.folder / str(step), self.folder.parent / f"corrupt-checkpoint-{step}"
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.move(source, target)
+        if hosts.is_main():
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.move(source, target)
+        hosts.wait_for_all(f"checkpoint {step} of {self.cell} is set aside")
         self.manager.reload()
 
     def discard(self) -> None:
@@ -129,21 +132,21 @@ class Checkpoints:
 
 
 def read_step(manager, step: int, like) -> tuple[object, dict | None, str | None]:
-    """(state, metadata, problem) of one checkpoint; the problem is None where it reads back whole."""
+    """(state, metadata, problem) of one checkpoint; the problem is None where it reads back whole.
+
+    Where a job has several processes, all of them see a problem of any.
+    """
+    state = metadata = problem = None
     try:
         metadata = manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())).metadata
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
-        return state, metadata, None if metadata["digest"] == digest(state) else "its digest does not match"
     except Exception as error:  # Orbax raises many kinds for a damaged file; any means: not usable
-        return None, None, f"it cannot be read ({type(error).__name__})"
-
-
-def digest(tree) -> str:
-    """CRC-32 over the names, dtypes and bytes of a tree's arrays, in order."""
-    crc = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
-        name = f"{jax.tree_util.keystr(path)}:{array.dtype}:{array.shape}"
-        crc = zlib.crc32(np.ascontiguousarray(array).tobytes(), zlib.crc32(name.encode(), crc))
-    return f"{crc:08x}"
+        problem = f"it cannot be read ({type(error).__name__})"
+    if not hosts.everywhere(problem is None):
+        return None, None, problem or "another process cannot read it"
+    if "checksum" not in metadata:
+        return None, None, "it is of an earlier version, without a checksum"
+    if metadata["checksum"] != digest(state):
+        return None, None, "its checksum does not match"
+    return state, metadata, None

@@ -1,0 +1,90 @@
+"""What the processes of one job agree on: who writes, what was read, when all are there.
+
+A job of one process needs none of it, and every function here is then free.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+from scaling.config import ConfigError
+
+LONGEST = 1 << 16
+"""Bytes that one message may have: it is sent padded, in a shape that all processes know."""
+
+
+def initialize_distributed(how: str | None) -> None:
+    """Joins this process to the others of its job (``jax.distributed``); must come before any use of JAX.
+
+    Args:
+      how: None: a job of one process. ``auto``: what the cluster says (Slurm, TPU pod, Kubernetes, Open MPI).
+        ``HOST:PORT,COUNT,INDEX``: the coordinator's address (that of process 0), how many, which this is.
+
+    Raises:
+      ConfigError: none of these.
+    """
+    if how is None:
+        return
+    if how == "auto":
+        jax.distributed.initialize()
+        return
+    address, *numbers = how.split(",")
+    if len(numbers) != 2 or ":" not in address or not all(n.isdigit() for n in numbers):
+        raise ConfigError(f"distributed is {how!r}; it must be 'auto' or HOST:PORT,COUNT,INDEX")
+    count, index = map(int, numbers)
+    if index >= count:
+        raise ConfigError(f"distributed is {how!r}; INDEX must be below COUNT, from 0")
+    jax.distributed.initialize(address, num_processes=count, process_id=index)
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes the cell's files."""
+    return jax.process_index() == 0
+
+
+def several() -> bool:
+    """Whether the job has more than one process."""
+    return jax.process_count() > 1
+
+
+def agree(value: Any) -> Any:
+    """Process 0's value, in every process.
+
+    Args:
+      value: what JSON holds; the others' are not looked at.
+
+    Raises:
+      ValueError: it is longer than ``LONGEST`` bytes.
+    """
+    if not several():
+        return value
+    from jax.experimental import multihost_utils
+
+    data = json.dumps(value).encode() if is_main() else b"null"
+    if len(data) > LONGEST:
+        raise ValueError(f"a message of {len(data)} bytes; it must be at most {LONGEST}")
+    message = np.zeros(LONGEST, np.uint8)
+    message[: len(data)] = np.frombuffer(data, np.uint8)
+    sent = np.asarray(multihost_utils.broadcast_one_to_all(message), np.uint8)
+    return json.loads(sent.tobytes().rstrip(b"\0"))
+
+
+def everywhere(value: bool) -> bool:
+    """Whether a condition holds in every process."""
+    if not several():
+        return value
+    from jax.experimental import multihost_utils
+
+    return bool(np.all(multihost_utils.process_allgather(np.array([value]))))
+
+
+def wait_for_all(what: str) -> None:
+    """Goes on when every process of the job has come here."""
+    if several():
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
