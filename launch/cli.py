@@ -11,7 +11,14 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from launch.options import BUDGET_OPTIONS, LIMIT_OPTIONS, SIZE_OPTIONS, fit_options, with_options
+from launch.options import (
+    BUDGET_OPTIONS,
+    DEVICE_OPTIONS,
+    LIMIT_OPTIONS,
+    SIZE_OPTIONS,
+    fit_options,
+    with_options,
+)
 from scaling import __version__
 from scaling.config import ConfigError
 from scaling.files import StudyError
@@ -169,7 +176,7 @@ def tokenize(paths, out, hub, subset, split, limit, field, as_json, **options):
 )
 @click.option("--checkpoint-seconds", type=float, default=60.0, show_default=True)
 @click.option("--checkpoint-steps", type=click.IntRange(min=1), help="Save also every so many steps.")
-@click.option("--remat", type=click.Choice(["none", "full", "dots"]), default="none", show_default=True)
+@with_options(DEVICE_OPTIONS)
 @click.option(
     "--wandb",
     type=click.Choice(["off", "offline", "online"]),
@@ -201,12 +208,12 @@ def run(
     cores_per_worker,
     checkpoint_seconds,
     checkpoint_steps,
-    remat,
     wandb,
     pack,
     watchdog_seconds,
     deterministic,
     as_json,
+    **devices,
 ):
     """Train every cell of STUDY that is not finished; run it again after any interruption.
 
@@ -231,14 +238,16 @@ def run(
         message = f"nothing to do: all {len(cells or known)} cells of {study} have a result"
         emit(as_json, {"outcome": "nothing to do"}, lambda: console.print(message))
         return 0
-    options = ["--checkpoint-seconds", str(checkpoint_seconds), "--remat", remat, "--wandb", wandb]
-    options += ["--deterministic"] if deterministic else []
-    options += ["--pack", pack, "--watchdog-seconds", str(watchdog_seconds)]
-    options += ["--checkpoint-steps", str(checkpoint_steps)] if checkpoint_steps else []
-    options += [x for c in cells for x in ("--cell", c)]
-    count = workers or local.default_workers(len(todo), cores_per_worker)
+    passed = ["--checkpoint-seconds", str(checkpoint_seconds), "--wandb", wandb]
+    passed += [x for k, v in devices.items() if v is not None for x in (f"--{k.replace('_', '-')}", str(v))]
+    passed += ["--deterministic"] if deterministic else []
+    passed += ["--pack", pack, "--watchdog-seconds", str(watchdog_seconds)]
+    passed += ["--checkpoint-steps", str(checkpoint_steps)] if checkpoint_steps else []
+    passed += [x for c in cells for x in ("--cell", c)]
+    one_job = devices["mesh"] or devices["distributed"]  # its worker has all devices of this machine
+    count = workers or (1 if one_job else local.default_workers(len(todo), cores_per_worker))
     with show.progress_bars(console, study, quiet=as_json) as on_poll:
-        code = local.run_study(study, count, options, on_poll, cells, cores_per_worker)
+        code = local.run_study(study, count, passed, on_poll, cells, cores_per_worker)
     emit(as_json, {"outcome": "done", "cells": progress(study)}, lambda: show.run_summary(console, study))
     return code
 

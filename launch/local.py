@@ -48,6 +48,7 @@ def run_cells(study: Path, entries: list[dict], execution, on_metrics=None) -> l
     Returns:
       The ids of the cells that were trained (or found finished); those of others are busy elsewhere.
     """
+    from scaling import hosts
     from scaling.train import train_pack
 
     with contextlib.ExitStack() as locks:
@@ -57,6 +58,7 @@ def run_cells(study: Path, entries: list[dict], execution, on_metrics=None) -> l
             if not folder.result.exists():
                 with open(folder.starts, "a") as starts:
                     starts.write(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} pid {os.getpid()}\n")
+        hosts.agree([entry["id"] for entry in mine])
         if mine:
             train_pack([job_of(study, e) for e in mine], execution, on_metrics)
     return [entry["id"] for entry in mine]
@@ -72,12 +74,16 @@ def work(study: Path, execution, only: list[str] | None = None, pack: str = "aut
     Raises:
       StorageError: the study cannot be written; no cell could go on.
     """
+    from scaling import hosts
+
     # a study planned by an earlier version lacks the fields added since
     entries = [{**e, "config": validate_cell(e["config"])} for e in read_manifest(study)["cells"]]
     wanted = with_their_trunks(entries, only)
     # a trunk first, its branches wait for it; then the most expensive
     order = sorted(wanted, key=lambda e: (e.get("role") != "trunk", -spent_flops(e)))
-    size_of = pack_size(pack)
+    if not hosts.is_main():
+        return follow(study, {e["id"]: e for e in wanted}, execution)
+    size_of = pack_size(pack if not hosts.several() else "off")
     while waiting := [e for e in order if not is_over(study, e)]:
         busy: set[str] = set()
         while ready := [e for e in waiting if e["id"] not in busy and is_ready(study, e)]:
@@ -89,6 +95,19 @@ def work(study: Path, execution, only: list[str] | None = None, pack: str = "aut
             waiting = [e for e in waiting if not is_over(study, e)]
         if waiting:
             time.sleep(0.5)  # others have them; stay until they are done, to take over what they drop
+            hosts.agree([])
+    hosts.agree(None)
+
+
+def follow(study: Path, entries: dict[str, dict], execution) -> None:
+    """The life of a worker that is not the first process of its job: it trains what the first one takes."""
+    from scaling import hosts
+    from scaling.train import train_pack
+
+    while (names := hosts.agree(None)) is not None:
+        with contextlib.suppress(ConfigError, StudyError):  # the first process meets the same and notes it
+            if names:
+                train_pack([job_of(study, entries[name]) for name in names], execution)
 
 
 def with_their_trunks(entries: list[dict], only: list[str] | None) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Options that commands share: budgets and their limits, and how to fit."""
+"""Options of commands: devices, budgets and their limits, and how to fit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,27 @@ import functools
 
 import click
 
+DEVICE_OPTIONS = (
+    click.option(
+        "--mesh", metavar="REPLICA,FSDP,TENSOR", help="Devices that each cell is split over, e.g. 1,8,1."
+    ),
+    click.option(
+        "--remat",
+        type=click.Choice(["none", "dots", "full", "auto"]),
+        default="none",
+        show_default=True,
+        help="What the backward pass recomputes; auto: the cheapest that fits, with --accumulate.",
+    ),
+    click.option(
+        "--accumulate", type=click.IntRange(min=1), default=1, show_default=True, help="Parts of a batch."
+    ),
+    click.option("--memory-gb", type=float, help="What --remat auto may use of each device."),
+    click.option(
+        "--distributed",
+        metavar="auto|HOST:PORT,COUNT,INDEX",
+        help="One process of several: run the same command on every host.",
+    ),
+)
 BUDGET_OPTIONS = (
     click.option("--budget", type=float, help="Training FLOPs to spend, e.g. 1e21."),
     click.option("--device-hours", type=float, help="Instead of FLOPs: with --chip and --mfu."),

@@ -23,7 +23,7 @@ from scaling.config import ConfigError, validate_cell, validate_section
 from scaling.flops import ledger
 from scaling.grid import plan
 from scaling.optim import hyper_parameters
-from scaling.program import Static, first_state, program_key, step_function
+from scaling.program import Plan, Static, first_state, program_key, step_function
 from scaling.records import read_manifest
 from scaling.study import load_study
 
@@ -107,7 +107,7 @@ def _compile(config: Mapping, generation: str, remat: str) -> dict:
     rows = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), ids)
     rows["loss_mask"] = jax.ShapeDtypeStruct((batch, seq), jnp.float32)
     hp_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), hp)
-    step = step_function(static, remat)
+    step = step_function(static, Plan(remat))
     began = time.perf_counter()
     try:
         compiled = aot.compile_tpu(step, state, rows, hp_shapes, generation=generation, donate_argnums=0)

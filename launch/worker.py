@@ -25,7 +25,11 @@ def main() -> int:
     parser.add_argument("study", type=Path)
     parser.add_argument("--checkpoint-seconds", type=float, default=60.0)
     parser.add_argument("--checkpoint-steps", type=int)
-    parser.add_argument("--remat", default="none")
+    parser.add_argument("--remat", default="none", help="none, dots, full or auto")
+    parser.add_argument("--accumulate", type=int, default=1, help="parts that a batch is taken in")
+    parser.add_argument("--memory-gb", type=float, help="what --remat auto may use of each device")
+    parser.add_argument("--mesh", help="replica,fsdp,tensor: devices that each cell is split over")
+    parser.add_argument("--distributed", help="auto, or HOST:PORT,COUNT,INDEX: one process of several")
     parser.add_argument("--cell", action="append", help="only this cell (may be given again)")
     parser.add_argument("--wandb", default="off")
     parser.add_argument("--pack", default="auto", help="auto, off, turns or vmap")
@@ -43,19 +47,31 @@ def main() -> int:
     from launch.local import work
     from scaling.config import ConfigError
     from scaling.files import StudyError
+    from scaling.hosts import initialize_distributed
+    from scaling.mesh import MeshShape
     from scaling.train import Execution
 
     configure_jax()
+    try:
+        initialize_distributed(args.distributed)
+        mesh = None if args.mesh is None else MeshShape.parse(args.mesh)
+    except (ConfigError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
     execution = Execution(
         args.remat,
-        args.checkpoint_seconds,
-        args.checkpoint_steps,
+        args.accumulate,
+        mesh=mesh,
+        memory_bytes=None if args.memory_gb is None else int(args.memory_gb * 1e9),
+        checkpoint_seconds=args.checkpoint_seconds,
+        checkpoint_steps=args.checkpoint_steps,
         wandb=args.wandb,
         together=args.pack if args.pack in ("turns", "vmap") else None,
         watchdog_seconds=args.watchdog_seconds,
     )
     try:
-        work(args.study, execution, args.cell, "off" if args.wandb != "off" else args.pack)
+        packed = args.wandb == "off" and mesh is None and args.accumulate == 1 and args.remat != "auto"
+        work(args.study, execution, args.cell, args.pack if packed else "off")
     except (ConfigError, StudyError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

@@ -76,7 +76,7 @@ def sizes(model: Mapping, *, lr: float, steps: int = 4, seeds: Sequence[int] = (
     )
     static, hp = Static.of(cell), hyper_parameters(cell)
     step, _ = compiled(static)
-    apply, _ = static.build(0)
+    apply = static.apply()
 
     @jax.jit
     def seen(params, inputs):

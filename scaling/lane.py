@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from scaling import __version__
+from scaling import __version__, hosts
 from scaling.checkpoint import Checkpoints
 from scaling.config import cell_id
 from scaling.data import Stream, heldout_batches
@@ -101,7 +101,7 @@ class Lane:
           first_state: the state before the first step; its shapes are those of every checkpoint.
         """
         restored = self.checkpoints.restore(first_state)
-        if restored is not None and not self.metrics_reach(int(restored[0].step)):
+        if restored is not None and not hosts.agree(self.metrics_reach(int(restored[0].step))):
             log.warning(
                 "%s lacks lines from before its checkpoint; the cell starts again", self.folder.metrics
             )
@@ -146,7 +146,9 @@ class Lane:
     def open_metrics(self) -> None:
         """Cuts the metrics back to the resumed step and opens them for appending."""
         rows = [r for r in read_jsonl(self.folder.metrics) if r["step"] <= self.done]
-        self.evals = [r["eval"] for r in rows if "eval" in r]
+        self.evals = hosts.agree([r["eval"] for r in rows if "eval" in r])
+        if not hosts.is_main():
+            return
         write_whole(self.folder.metrics, "".join(to_line(r) for r in rows))
         self.file = open(self.folder.metrics, "ab", buffering=0)  # noqa: SIM115 (``close`` closes it)
 
@@ -169,11 +171,14 @@ class Lane:
         every = execution.checkpoint_steps
         if every is not None and self.done % every == 0:
             return True
-        return time.perf_counter() - self.last_save > execution.checkpoint_seconds
+        if hosts.several() and not self.logs(self.done):
+            return False  # to ask the others at every step would cost more than a save now and then
+        return hosts.agree(time.perf_counter() - self.last_save > execution.checkpoint_seconds)
 
     def save(self, state) -> None:
         """A checkpoint, whole or not at all, never before the lines that lead to it."""
-        os.fsync(self.file.fileno())
+        if self.file is not None:
+            os.fsync(self.file.fileno())
         self.checkpoints.save(state, self.wall_seconds, self.device_seconds)
         self.last_save = time.perf_counter()
 
@@ -222,10 +227,11 @@ class Lane:
             self.write({"step": self.done, "eval": score})
 
     def write(self, row: dict) -> None:
-        write_line(self.file, row)
+        if self.file is not None:
+            write_line(self.file, row)
 
     def end(self, status: str, steps: int, reason: str | None, devices: int) -> dict:
-        """Writes the result: numbers of the cell and the device kind alone; timings go to another file."""
+        """Writes the result: numbers of the cell and its devices alone; timings go to another file."""
         self.active = False
         self.close()
         tokens = steps * self.batch * self.seq
@@ -258,9 +264,11 @@ class Lane:
                 "python": platform.python_version(),
             },
         }
-        write_json(self.folder.timing, self.timing(max(0, steps - self.job.fork)))
-        write_json(self.folder.result, result)
-        self.folder.failure.unlink(missing_ok=True)
+        if hosts.is_main():
+            write_json(self.folder.timing, self.timing(max(0, steps - self.job.fork)))
+            write_json(self.folder.result, result)
+            self.folder.failure.unlink(missing_ok=True)
+        hosts.wait_for_all(f"{self.name} has ended")
         return result
 
     def timing(self, steps: int) -> dict:

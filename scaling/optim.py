@@ -16,6 +16,23 @@ from optax import contrib
 from scaling.parametrization import update_scales
 from scaling.schedules import as_compiled, learning_rate
 
+HYPER_PARAMETERS = (
+    *(
+        "lr",
+        "beta1",
+        "beta2",
+        "eps",
+        "weight_decay",
+        "grad_clip",
+        "momentum",
+        "update_rms",
+        "steps",
+        "warmup",
+    ),
+    *("decay_fraction", "final_fraction", "z_loss", "skip_sigma"),
+)
+"""Names of the numbers that a compiled step takes, besides the seed."""
+
 
 def hyper_parameters(cell: Mapping) -> dict:
     """The numbers of a cell that its compiled step takes as inputs: float32 scalars, the seed uint32.
@@ -39,7 +56,13 @@ def hyper_parameters(cell: Mapping) -> dict:
         "z_loss": train["z_loss"],
         "skip_sigma": train["skip_sigma"],
     }
-    return {k: jnp.float32(v) for k, v in values.items()} | {"seed": jnp.uint32(train["seed"])}
+    return {k: jnp.float32(values[k]) for k in HYPER_PARAMETERS} | {"seed": jnp.uint32(train["seed"])}
+
+
+def hyper_parameter_shapes() -> dict:
+    """Shapes and dtypes of ``hyper_parameters``, whatever the cell."""
+    numbers = {k: jax.ShapeDtypeStruct((), jnp.float32) for k in HYPER_PARAMETERS}
+    return numbers | {"seed": jax.ShapeDtypeStruct((), jnp.uint32)}
 
 
 def decays(path, leaf) -> bool:

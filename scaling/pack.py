@@ -1,4 +1,4 @@
-"""How the cells of a pack share a device: in turns through one cell's program, or as one vmapped program."""
+"""How the cells of a pack share their devices: in turns by one cell's program, or as one vmapped program."""
 
 from __future__ import annotations
 
@@ -10,18 +10,40 @@ import jax.numpy as jnp
 import numpy as np
 
 from scaling.config import ConfigError
-from scaling.program import Static, compiled, step_function
+from scaling.mesh import RowFeed, pad_rows, row_parts, rows_with_padding
+from scaling.program import Plan, Static, compiled, step_function
 
 
 class Turns:
     """Each cell's step by the program of a cell alone, one after another; states stay apart."""
 
-    def __init__(self, static: Static, remat: str):
-        self.one_step, self.evaluate = compiled(static, remat)
+    def __init__(self, static: Static, plan: Plan, batch: int):
+        self.one_step, self.evaluate_rows = compiled(static, plan)
+        self.plan = plan
+        self.row_parts = row_parts(plan.mesh)
+        parts = self.row_parts * plan.accumulate
+        self.rows = rows_with_padding(batch, parts)
+        self.feed = None if plan.mesh is None else RowFeed(plan.mesh, batch, parts)
+        self.mine = slice(None) if self.feed is None else self.feed.mine
 
     def gather(self, trees: Sequence) -> list:
         """What the cells have, each its own, as ``step`` takes it."""
+        if self.plan.mesh is not None:  # numbers of this process would be its own; NumPy's are everybody's
+            trees = [jax.tree.map(lambda x: x if x.ndim else np.asarray(x), tree) for tree in trees]
         return list(trees)
+
+    def place(self, batch):
+        """A batch of ``mine`` rows where the step takes it, filled up with rows that count for nothing."""
+        return pad_rows(batch, self.rows) if self.feed is None else self.feed.place(batch)
+
+    def evaluate(self, params, batch):
+        """Summed nats and tokens of each row of a whole batch, as ``scaling.models.loss.eval_sums``."""
+        if self.feed is None:
+            return self.evaluate_rows(params, batch)
+        rows = len(batch["inputs"])
+        feed = RowFeed(self.plan.mesh, rows, self.row_parts)
+        out = self.evaluate_rows(params, feed.place({k: v[feed.mine] for k, v in batch.items()}))
+        return tuple(np.asarray(x)[:rows] for x in out)
 
     def step(self, states: list, batches: Sequence, hp: Sequence):
         """One update of every cell that has a batch; the others stay as they are.
@@ -35,7 +57,7 @@ class Turns:
         metrics: list = [None] * len(states)
         for j, batch in enumerate(batches):
             if batch is not None:
-                states[j], metrics[j] = self.one_step(states[j], batch, hp[j])
+                states[j], metrics[j] = self.one_step(states[j], self.place(batch), hp[j])
         return states, metrics
 
     def lane(self, states: list, j: int):
@@ -50,9 +72,11 @@ class Turns:
 class Vmapped:
     """One program over all cells: every array has a leading axis of cells. Same methods as ``Turns``."""
 
-    def __init__(self, static: Static, remat: str):
-        _, self.evaluate = compiled(static, remat)
-        self.all_steps, self.one_of = vmapped(static, remat)
+    mine = slice(None)
+
+    def __init__(self, static: Static, plan: Plan):
+        _, self.evaluate = compiled(static, plan)
+        self.all_steps, self.one_of = vmapped(static, plan)
         self.filler: dict | None = None
 
     def gather(self, trees: Sequence):
@@ -75,9 +99,9 @@ class Vmapped:
 
 
 @functools.lru_cache(maxsize=8)
-def vmapped(static: Static, remat: str):
+def vmapped(static: Static, plan: Plan):
     """The jitted step over a leading axis of cells (it donates the states), and a jitted pick of one."""
-    one_step = step_function(static, remat)
+    one_step = step_function(static, plan)
 
     def all_steps(states, batches, hp, active):
         stepped, metrics = jax.vmap(one_step)(states, batches, hp)
@@ -90,14 +114,20 @@ def vmapped(static: Static, remat: str):
     return jax.jit(all_steps, donate_argnums=0), jax.jit(lambda t, j: jax.tree.map(lambda x: x[j], t))
 
 
-def program_for(static: Static, remat: str, cells: int, together: str | None) -> Turns | Vmapped:
-    """How so many cells of one shape run on this device.
+def program_for(static: Static, plan: Plan, batch: int, cells: int, together: str | None) -> Turns | Vmapped:
+    """How so many cells of one shape run on these devices.
 
     Raises:
-      ConfigError: ``together`` is neither None nor 'turns' nor 'vmap'.
+      ConfigError: ``together`` is neither None nor 'turns' nor 'vmap', or a mesh or parts with 'vmap'.
     """
     if together not in (None, "turns", "vmap"):
         raise ConfigError(f"together is {together!r}; it must be None, 'turns' or 'vmap'")
+    whole = plan.mesh is None and plan.accumulate == 1
+    if together == "vmap" and cells > 1 and not whole:
+        raise ConfigError(
+            "together is 'vmap' with a mesh or accumulate > 1; in one program for several cells each takes "
+            "whole batches on one device: use 'turns'"
+        )
     if together is None:
-        together = "turns" if jax.default_backend() == "cpu" else "vmap"
-    return Vmapped(static, remat) if cells > 1 and together == "vmap" else Turns(static, remat)
+        together = "turns" if jax.default_backend() == "cpu" or not whole else "vmap"
+    return Vmapped(static, plan) if cells > 1 and together == "vmap" else Turns(static, plan, batch)

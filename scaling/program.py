@@ -7,9 +7,13 @@ import functools
 from collections.abc import Mapping
 
 import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from scaling.models.lm import build
+from scaling.mesh import OnMesh, batch_sharding, state_shardings
+from scaling.models.lm import HERE, Apply, init_params, make_apply, once_options
 from scaling.models.loss import eval_sums
+from scaling.optim import hyper_parameter_shapes
 from scaling.precision import matmul_of
 from scaling.schedules import as_compiled
 from scaling.step import init_state, train_step
@@ -55,15 +59,15 @@ class Static:
         """How a bfloat16 parameter is rounded after an update."""
         return dict(self.precision).get("rounding") == "stochastic"
 
-    def build(self, seed: int, remat: str = "none"):
-        """The model as ``scaling.models.lm.build`` gives it: (apply, params)."""
+    def apply(self, remat: str = "none", mesh: Mesh | None = None) -> Apply:
+        """The model as a pure function (``scaling.models.lm.make_apply``)."""
         model = dict(self.model)
-        return build(
+        return make_apply(
             model,
-            seed=seed,
             unroll=model["layers"] <= UNROLLED_LAYERS,
             remat=remat,
             matmul=matmul_of(dict(self.precision)),
+            places=HERE if mesh is None else OnMesh(mesh),
         )
 
 
@@ -72,23 +76,70 @@ def program_key(cell: Mapping) -> tuple:
     return Static.of(cell), cell["train"]["batch"], cell["data"]["seq"]
 
 
-def first_state(static: Static, seed: int, hp):
-    """The state before the first step of a cell with that seed."""
-    _, params = build(dict(static.model), seed=seed)
-    return init_state(params, static, hp)
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a step runs, not what it computes: no field changes a number but by the order of sums.
+
+    Attributes:
+      remat: what the backward pass recomputes, see ``scaling.models.lm.build``.
+      accumulate: parts that a batch is taken in, one after another.
+      mesh: where arrays lie; None: all on one device.
+    """
+
+    remat: str = "none"
+    accumulate: int = 1
+    mesh: Mesh | None = None
 
 
-def step_function(static: Static, remat: str = "none"):
-    """(state, batch, hp) to (state, metrics): one update, pure and not yet jitted."""
-    return functools.partial(train_step, static.build(0, remat)[0], static)
+def first_state(static: Static, seed, hp):
+    """The state before the first step of a cell with that seed, on one device."""
+    return init_state(init_params(dict(static.model), seed), static, hp)
 
 
-def eval_function(static: Static):
-    """(params, batch) to (nats_B, tokens_B), pure and not yet jitted."""
-    return functools.partial(eval_sums, static.build(0)[0])
+def placed_first_state(static: Static, seed: int, hp, mesh: Mesh | None):
+    """``first_state`` on a mesh, each part made where it lies; on one device without."""
+    if mesh is None:
+        return first_state(static, seed, hp)
+    return _maker(static, mesh)(seed, hp)
 
 
 @functools.lru_cache(maxsize=8)
-def compiled(static: Static, remat: str = "none"):
+def _maker(static: Static, mesh: Mesh):
+    make = functools.partial(first_state, static)
+    where = state_shardings(mesh, static, state_shapes(static))
+    return jax.jit(make, out_shardings=where, compiler_options=once_options())
+
+
+def state_shapes(static: Static):
+    """Shapes and dtypes of a train state, nothing computed."""
+    return jax.eval_shape(functools.partial(first_state, static), 0, hyper_parameter_shapes())
+
+
+def step_function(static: Static, plan: Plan = Plan()):
+    """(state, batch, hp) to (state, metrics): one update, pure and not yet jitted."""
+    apply = static.apply(plan.remat, plan.mesh)
+    return functools.partial(train_step, apply, static, accumulate=plan.accumulate)
+
+
+def eval_function(static: Static, mesh: Mesh | None = None):
+    """(params, batch) to (nats_B, tokens_B), pure and not yet jitted."""
+    return functools.partial(eval_sums, static.apply(mesh=mesh))
+
+
+@functools.lru_cache(maxsize=8)
+def compiled(static: Static, plan: Plan = Plan()):
     """The jitted step (it donates the state) and evaluation; cells of one ``Static`` share them."""
-    return jax.jit(step_function(static, remat), donate_argnums=0), jax.jit(eval_function(static))
+    step, evaluate = step_function(static, plan), eval_function(static, plan.mesh)
+    if plan.mesh is None:
+        return jax.jit(step, donate_argnums=0), jax.jit(evaluate)
+    state, rows, whole = step_shardings(static, plan.mesh)
+    return (
+        jax.jit(step, donate_argnums=0, in_shardings=(state, rows, whole), out_shardings=(state, whole)),
+        jax.jit(evaluate, in_shardings=(state.params, rows), out_shardings=whole),
+    )
+
+
+def step_shardings(static: Static, mesh: Mesh):
+    """Where a step's state, batch and everything else lie on a mesh."""
+    state = state_shardings(mesh, static, state_shapes(static))
+    return state, batch_sharding(mesh), NamedSharding(mesh, P())

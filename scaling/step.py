@@ -47,7 +47,33 @@ def eval_params(static, state: TrainState | GuardedState):
     return optim.eval_params(static, state.params, state.opt_state)
 
 
-def train_step(apply, static, state: TrainState | GuardedState, batch, hp):
+def gradients(apply, params, batch, z_loss, accumulate: int):
+    """The mean loss in nats, and its gradient with the z-loss's.
+
+    Args:
+      accumulate: parts that the rows are split into, one after another; each must have as many. The tokens
+        of all parts weigh the same, so that only the order of sums differs from one part.
+
+    Returns:
+      (nats, grads): a float32 scalar; a tree like ``params``, float32 where there are several parts.
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, argnums=1, has_aux=True)
+    if accumulate == 1:
+        (_, aux), grads = value_and_grad(apply, params, batch, z_loss)
+        return aux["nats"], grads
+    tokens = jnp.sum(batch["loss_mask"])
+    # row r goes to part r mod K: rows of one device stay on it
+    parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(total, part):
+        (_, aux), grads = value_and_grad(apply, params, part, z_loss, tokens)
+        return jax.tree.map(jnp.add, total, (aux["nats"], cast(grads, "float32"))), None
+
+    zero = jnp.float32(0), jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
+    return jax.lax.scan(add, zero, parts)[0]
+
+
+def train_step(apply, static, state: TrainState | GuardedState, batch, hp, accumulate: int = 1):
     """One update.
 
     Args:
@@ -56,16 +82,14 @@ def train_step(apply, static, state: TrainState | GuardedState, batch, hp):
       state: before the step.
       batch: arrays ``inputs, targets, segment_ids, positions, loss_mask``, each [batch, seq].
       hp: traced hyper-parameters (``scaling.optim.hyper_parameters``).
+      accumulate: parts that the batch's gradient is summed over (``gradients``).
 
     Returns:
       The state after the step, and float32 scalars ``loss`` (nats per token, before the update),
       ``grad_norm`` (before clipping) and ``lr``; with a guard also ``skipped`` (int32, steps so far).
     """
 
-    def loss_of(params):
-        return loss_fn(apply, params, batch, hp["z_loss"])
-
-    (_, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    nats, grads = gradients(apply, state.params, batch, hp["z_loss"], accumulate)
     # the update's arithmetic is float32 however its operands are stored
     grads, old_params, old_opt_state = cast((grads, state.params, state.opt_state), "float32")
     optimizer = optim.make_optimizer(static, hp, old_params, state.step)
@@ -75,7 +99,7 @@ def train_step(apply, static, state: TrainState | GuardedState, batch, hp):
     if static.params_dtype != "float32":
         new = store(new, old, rounding_key(hp["seed"], state.step) if static.stochastic_rounding else None)
     metrics = {
-        "loss": aux["nats"],
+        "loss": nats,
         "grad_norm": optax.global_norm(grads),
         "lr": learning_rate(static.schedule, state.step, hp, static.decay),
     }

@@ -8,29 +8,46 @@ CPU. Timings live in ``timing.json``, apart from the numbers.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
-from scaling import data
+from scaling import data, hosts
 from scaling.config import ConfigError, canonical_json, cell_id, validate_cell
 from scaling.files import CellFolder, StudyError, read_json, write_json
 from scaling.flops import CONVENTIONS, ledger
 from scaling.lane import Diverged, Job, Lane
+from scaling.memory import choose_plan
+from scaling.mesh import MeshShape, make_mesh
 from scaling.pack import program_for
-from scaling.program import Static, first_state, program_key
+from scaling.program import Plan, Static, placed_first_state, program_key
 from scaling.records import read_result
 from scaling.step import eval_params
 from scaling.tracking import Tracker
 from scaling.watchdog import Watchdog
 
+log = logging.getLogger(__name__)
+
+USABLE = 0.92
+"""Of a device's memory: the rest is the runtime's, and what evaluation and data hold beside a step."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How a cell runs, not what it computes: no field changes a number."""
+    """How a cell runs, not what it computes: no field changes a number, but ``accumulate`` and ``mesh`` the
+    order of sums."""
 
     remat: str = "none"
+    """What the backward pass recomputes; ``auto``: this and ``accumulate`` are the cheapest that fit."""
+    accumulate: int = 1
+    """Parts that a batch is taken in, one after another, where its activations do not fit together."""
+    memory_bytes: int | None = None
+    """What ``auto`` may use of each device; by default 92 % of what the device says that it has."""
+    mesh: MeshShape | None = None
+    """Devices that a cell is split over; None: one device, or all of them (as fsdp) in a job of several
+    processes."""
     checkpoint_seconds: float = 60.0
     """Save when this much time has passed since the last save."""
     checkpoint_steps: int | None = None
@@ -101,7 +118,7 @@ def train_pack(
     jobs = [dataclasses.replace(job, cell=validate_cell(job.cell)) for job in jobs]
     for job in jobs:
         check_folder(job)
-    todo = [job for job in jobs if not job.folder.result.exists()]
+    todo = [jobs[j] for j in hosts.agree([j for j, job in enumerate(jobs) if not job.folder.result.exists()])]
     if todo:
         Pack(todo, execution, on_metrics).to_the_end()
     return [read_result(job.folder) for job in jobs]
@@ -114,8 +131,48 @@ def check_folder(job: Job) -> None:
         stored = cell_id(validate_cell(read_json(folder.config)))
         if stored != name:
             raise StudyError(f"{folder.path} holds cell {stored}, not {name}; use another study folder")
-    if not folder.result.exists():
+    if hosts.is_main() and not folder.result.exists():
         write_json(folder.config, job.cell)
+
+
+def plan_of(execution: Execution, cell: Mapping) -> Plan:
+    """How a cell's step runs on the devices that are here.
+
+    Raises:
+      ConfigError: parts below one, a mesh that is not of these devices, or nothing fits their memory.
+    """
+    if execution.accumulate < 1:
+        raise ConfigError(f"accumulate is {execution.accumulate}; it must be a positive integer")
+    shape = execution.mesh
+    if shape is None and hosts.several():
+        shape = MeshShape(fsdp=jax.device_count())
+    # of one machine a cell may take a part; processes that join must all have one
+    devices = None if hosts.several() or shape is None else jax.devices()[: shape.devices]
+    mesh = None if shape is None else make_mesh(shape, devices)
+    if execution.remat != "auto":
+        return Plan(execution.remat, execution.accumulate, mesh)
+    budget = execution.memory_bytes or usable_bytes()
+    plan, choice = choose_plan(cell, budget, mesh)
+    if not choice.fits:
+        raise ConfigError(
+            f"a step of cell {cell_id(cell)} needs {choice.bytes / 1e9:.3g} GB of each device with remat "
+            f"{choice.remat!r} in {choice.accumulate} parts; {budget / 1e9:.3g} GB may be used. Take more "
+            "devices (mesh) or a smaller train.batch"
+        )
+    log.info("%s: remat %s, %d parts", cell_id(cell), choice.remat, choice.accumulate)
+    return plan
+
+
+def usable_bytes() -> int:
+    """Bytes of a device's memory that a step may use.
+
+    Raises:
+      ConfigError: the device does not tell (a CPU).
+    """
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None:
+        raise ConfigError("remat is 'auto' on a device that does not tell its memory; give memory_bytes too")
+    return int(USABLE * limit)
 
 
 def tracked_config(cell: Mapping, name: str) -> dict:
@@ -162,7 +219,9 @@ class Pack:
                 f"wandb is {execution.wandb!r} with {len(jobs)} cells; it mirrors one at a time"
             )
         self.execution, self.static = execution, Static.of(jobs[0].cell)
-        self.program = program_for(self.static, execution.remat, len(jobs), execution.together)
+        batch = jobs[0].cell["train"]["batch"]
+        self.plan = plan_of(execution, jobs[0].cell)
+        self.program = program_for(self.static, self.plan, batch, len(jobs), execution.together)
         self.prefetch = execution.prefetch
         if self.prefetch is None:
             self.prefetch = 0 if jax.default_backend() == "cpu" else 2
@@ -172,13 +231,14 @@ class Pack:
             opened[key] = opened.get(key) or open_planned_data(job.cell)
         first = jobs[0]
         self.tracker = Tracker(
-            execution.wandb,
+            execution.wandb if hosts.is_main() else "off",
             first.folder.path.parent.parent,
             cell_id(first.cell),
             tracked_config(first.cell, cell_id(first.cell)),
         )
         listen = on_metrics or self.tracker.log
         self.lanes = [Lane(job, opened[key], listen) for key, job in zip(keys, jobs, strict=True)]
+        self.devices = 1 if self.plan.mesh is None else self.plan.mesh.size
         self.clock = time.perf_counter()
         self.result = None
 
@@ -216,7 +276,8 @@ class Pack:
         """Every cell's state, gathered; cells that were killed after their last step are ended here."""
         states = []
         for lane in self.lanes:
-            first = first_state(self.static, lane.cell["train"]["seed"], lane.hp)
+            seed = lane.cell["train"]["seed"]
+            first = placed_first_state(self.static, seed, lane.hp, self.plan.mesh)
             try:
                 states.append(lane.start(first))
             except Diverged as end:
@@ -228,7 +289,8 @@ class Pack:
         return self.program.gather(states)
 
     def batches_of(self, lane: Lane):
-        return lane.stream.iterate(lane.done, max(lane.done, lane.steps), prefetch=self.prefetch)
+        stop = max(lane.done, lane.steps)
+        return lane.stream.iterate(lane.done, stop, prefetch=self.prefetch, rows=self.program.mine)
 
     def needs_a_stop(self, lane: Lane) -> bool:
         return lane.done in lane.eval_steps or lane.save_due(self.execution)
@@ -260,7 +322,7 @@ class Pack:
 
     def end(self, lane: Lane, status: str, steps: int, reason: str | None) -> None:
         self.share_time()
-        self.result = lane.end(status, steps, reason, devices=1)
+        self.result = lane.end(status, steps, reason, self.devices)
 
     def share_time(self) -> None:
         """Adds the time since the last call: wall time to every active cell, the device's in equal parts."""
@@ -268,5 +330,5 @@ class Pack:
         active = [lane for lane in self.lanes if lane.active]
         for lane in active:
             lane.wall_seconds += now - self.clock
-            lane.device_seconds += (now - self.clock) / len(active)
+            lane.device_seconds += self.devices * (now - self.clock) / len(active)
         self.clock = now

@@ -40,10 +40,11 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg, rngs: nnx.Rngs):
         D, N, K, H = cfg["d_model"], cfg["heads"], cfg["kv_heads"], cfg["head_dim"]
-        self.q = init.matrix(rngs, D, N * H)
-        self.k = init.matrix(rngs, D, K * H)
-        self.v = init.matrix(rngs, D, K * H)
-        self.out = init.matrix(rngs, N * H, D, init.residual_gain(parametrization.residual_depth(cfg)))
+        gain = init.residual_gain(parametrization.residual_depth(cfg))
+        self.q = init.matrix(rngs, D, N * H, axes=("d_model", "heads"))
+        self.k = init.matrix(rngs, D, K * H, axes=("d_model", "kv_heads"))
+        self.v = init.matrix(rngs, D, K * H, axes=("d_model", "kv_heads"))
+        self.out = init.matrix(rngs, N * H, D, gain, axes=("heads", "d_model"))
         if cfg["qk_norm"]:
             self.q_norm = RMSNorm(H, cfg["norm_eps"])
             self.k_norm = RMSNorm(H, cfg["norm_eps"])

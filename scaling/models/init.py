@@ -22,10 +22,13 @@ from flax import nnx
 _TRUNCATED_STD = 0.87962566103423978
 
 
-def matrix(rngs: nnx.Rngs, fan_in: int, fan_out: int, gain: float = 1.0) -> nnx.Param:
-    """A float32 [fan_in, fan_out] parameter, by the rule above."""
+def matrix(
+    rngs: nnx.Rngs, fan_in: int, fan_out: int, gain: float = 1.0, axes: tuple[str, str] | None = None
+) -> nnx.Param:
+    """A float32 [fan_in, fan_out] parameter, by the rule above; ``axes``: see ``scaling.mesh.AXES``."""
     std = gain / math.sqrt(fan_in) / _TRUNCATED_STD
-    return nnx.Param(std * jax.random.truncated_normal(rngs.params(), -2, 2, (fan_in, fan_out), jnp.float32))
+    values = std * jax.random.truncated_normal(rngs.params(), -2, 2, (fan_in, fan_out), jnp.float32)
+    return nnx.Param(values, axes=axes)
 
 
 def residual_gain(layers: int) -> float:

@@ -30,6 +30,21 @@ def times(multiplier: float, x):
     return x if multiplier == 1 else x * multiplier
 
 
+class Places:
+    """Where arrays lie on one device: where they are. ``scaling.mesh.OnMesh`` has the same methods."""
+
+    def rows(self, x):
+        """An array whose first axis is the batch's rows, such as the residual stream [B, T, D]."""
+        return x
+
+    def table(self, x):
+        """The token table [V, D], about to be looked up."""
+        return x
+
+
+HERE = Places()
+
+
 class Block(nnx.Module):
     """One pre-norm layer: x + c mixer(norm(x)), then x + c feed-forward(norm(x)); usually c = 1."""
 
@@ -56,11 +71,13 @@ class Embedding(nnx.Module):
 
     def __init__(self, cfg, rngs: nnx.Rngs):
         gain = parametrization.vocabulary_gain(cfg)
-        self.table = nnx.Param(init.matrix(rngs, cfg["d_model"], cfg["vocab"], gain)[...].T)
+        values = init.matrix(rngs, cfg["d_model"], cfg["vocab"], gain)[...].T
+        self.table = nnx.Param(values, axes=("vocab", "d_model"))
         self.dtype = jnp.dtype(cfg["dtype"])
+        self.places = cfg.get("places", HERE)
 
     def __call__(self, tokens_BT):
-        return jnp.take(self.table[...].astype(self.dtype), tokens_BT, axis=0)
+        return jnp.take(self.places.table(self.table[...].astype(self.dtype)), tokens_BT, axis=0)
 
 
 class LM(nnx.Module):
@@ -72,7 +89,7 @@ class LM(nnx.Module):
         self.final_norm = RMSNorm(cfg["d_model"], cfg["norm_eps"])
         if not cfg["tied"]:
             gain = parametrization.vocabulary_gain(cfg)
-            self.head = init.matrix(rngs, cfg["d_model"], cfg["vocab"], gain)
+            self.head = init.matrix(rngs, cfg["d_model"], cfg["vocab"], gain, axes=("d_model", "vocab"))
         self.tied = cfg["tied"]
         self.layers = cfg["layers"]
         self.head_dim, self.rope_theta = cfg["head_dim"], cfg["rope_theta"]
@@ -81,6 +98,7 @@ class LM(nnx.Module):
         self.cross_document = cfg["cross_document"]
         self.dtype = jnp.dtype(cfg["dtype"])
         self.unroll, self.remat = unroll, remat
+        self.places = cfg.get("places", HERE)
 
     def __call__(self, inputs_BT, segment_ids_BT=None, positions_BT=None):
         """int [B, T] to logits, float32 [B, T, V]."""
@@ -98,7 +116,7 @@ class LM(nnx.Module):
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
         rope = rope_table(positions_BT, self.head_dim, self.rope_theta)
-        x_BTD = self.embed(inputs_BT)
+        x_BTD = self.places.rows(self.embed(inputs_BT))
         x_BTD = self.run_blocks(x_BTD, rope, segment_ids_BT)
         head_DV = self.embed.table[...].T if self.tied else self.head[...]
         return times(self.multiplier, self.final_norm(x_BTD)), head_DV
@@ -108,7 +126,7 @@ class LM(nnx.Module):
         graphdef, stacked = nnx.split(self.blocks)
 
         def layer(x_BTD, arrays):
-            return nnx.merge(graphdef, arrays)(x_BTD, rope, segment_ids_BT), None
+            return self.places.rows(nnx.merge(graphdef, arrays)(x_BTD, rope, segment_ids_BT)), None
 
         if self.remat != "none":
             # Inside a scan nothing can merge the recomputed values with the first ones.
@@ -139,24 +157,25 @@ class Apply:
         return nnx.merge(self.graphdef, params).features(inputs_BT, segment_ids_BT, positions_BT)
 
 
-def build(model_cfg, *, seed: int, unroll: bool = False, remat: str = "none", matmul=jnp.matmul):
-    """The model as a pure function and its initial parameters.
+def make_apply(
+    model_cfg, *, unroll: bool = False, remat: str = "none", matmul=jnp.matmul, places=HERE
+) -> Apply:
+    """The model as a pure function.
 
     Args:
       model_cfg: the "model" section of a cell config, every field present.
-      seed: decides the initial parameters, with the config, alone (rule: ``scaling.models.init``).
       unroll: layers in a Python loop instead of a scan; same parameters, same layout. For
         counting FLOPs and for debugging.
       remat: what the backward pass recomputes: "none", "full" (every layer from its input), "dots"
         (everything but the outputs of the weight matmuls).
       matmul: the layers' products with their weights, x [..., K] and w [K, N] to [..., N]; hashable. For
         simulated low precision (``scaling.precision.matmul_of``).
+      places: where arrays lie on a mesh (``scaling.mesh.OnMesh``); hashable.
 
     Returns:
-      (apply, params): ``apply``, an ``Apply``; ``params``, a nested dict of float32 arrays, those
-      under "blocks" stacked over layers. Segments None: a row is one document.
-      Positions None: they count from 0 along the row. With ``cross_document`` the row is one
-      stream, so that segments and positions given are not used.
+      Of ``params``, a nested dict of float32 arrays, those under "blocks" stacked over layers. Segments
+      None: a row is one document. Positions None: they count from 0 along the row. With
+      ``cross_document`` the row is one stream, so that segments and positions given are not used.
 
     Raises:
       ConfigError: an unknown remat policy.
@@ -166,23 +185,58 @@ def build(model_cfg, *, seed: int, unroll: bool = False, remat: str = "none", ma
     cfg = dict(model_cfg)
 
     def make(key):
-        return nnx.split(LM({**cfg, "matmul": matmul}, nnx.Rngs(params=key), unroll=unroll, remat=remat))
+        parts = {**cfg, "matmul": matmul, "places": places}
+        return nnx.split(LM(parts, nnx.Rngs(params=key), unroll=unroll, remat=remat))
 
     graphdef, _ = jax.eval_shape(make, jax.random.key(0))
-    return Apply(graphdef, cfg["logits_soft_cap"]), init_params(cfg, seed)
+    return Apply(graphdef, cfg["logits_soft_cap"])
 
 
-@functools.partial(jax.jit, static_argnums=0)
+def build(model_cfg, *, seed: int, **options):
+    """``make_apply`` of the same options, and ``init_params``: (apply, params)."""
+    return make_apply(model_cfg, **options), init_params(model_cfg, seed)
+
+
+def init_params(model_cfg, seed):
+    """The initial parameters, by the config and the seed alone (rule: ``scaling.models.init``).
+
+    Args:
+      seed: an integer, which may be traced.
+    """
+    items = tuple(sorted(dict(model_cfg).items()))
+    return _init(items, seed) if isinstance(seed, jax.core.Tracer) else _init_program()(items, seed)
+
+
 def _init(cfg_items, seed):
     model = LM(dict(cfg_items), nnx.Rngs(params=jax.random.key(seed)))
     return nnx.to_pure_dict(nnx.state(model))
 
 
-def init_params(model_cfg, seed):
-    """The initial parameters alone; ``seed`` may be a traced integer."""
-    return _init(tuple(sorted(dict(model_cfg).items())), seed)
+@functools.cache
+def _init_program():
+    return jax.jit(_init, static_argnums=0, compiler_options=once_options())
+
+
+def once_options() -> dict | None:
+    """Compiler options for a program that runs once: on CPU the same bits for a third of the compiling."""
+    return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
 
 
 def abstract_params(model_cfg):
     """The parameters' shapes and dtypes (``jax.ShapeDtypeStruct``), nothing computed."""
     return jax.eval_shape(lambda: init_params(model_cfg, 0))
+
+
+def param_axes(model_cfg):
+    """What every axis of every parameter is (``scaling.mesh.AXES``), a tree of tuples like the parameters.
+
+    An axis that nothing splits is None; so is the leading one of ``blocks``, over layers.
+    """
+
+    def axes_of(variable):
+        named = variable.get_metadata().get("axes") or ()
+        return (None,) * (variable.get_value().ndim - len(named)) + tuple(named)
+
+    model = nnx.eval_shape(lambda: LM(dict(model_cfg), nnx.Rngs(params=0)))
+    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    return nnx.to_pure_dict(jax.tree.map(axes_of, nnx.state(model), is_leaf=is_variable))

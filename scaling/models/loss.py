@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from pallas_kernels import linear_cross_entropy
 
 
-def loss_fn(apply, params, batch, z_loss: float):
+def loss_fn(apply, params, batch, z_loss: float, tokens=None):
     """Mean cross-entropy over the tokens with a loss, plus z-loss.
 
     The z-loss is ``z_loss * mean(log^2 Z)`` over the same tokens: PaLM (Chowdhery et al. 2022,
@@ -17,15 +17,17 @@ def loss_fn(apply, params, batch, z_loss: float):
       batch: ``inputs, targets, segment_ids, positions`` int [B, T], ``loss_mask`` float32 [B, T] of
         0 and 1.
       z_loss: its coefficient, >= 0.
+      tokens: what the sums are divided by, for a part of a batch: then the parts' losses add up to the
+        batch's. None: those of this batch.
 
     Returns:
       (loss, aux): float32 scalars; aux has ``nats`` (the mean cross-entropy, in nats a token),
-      ``z_loss`` (the term as added) and ``tokens`` (the sum of the mask). A batch whose mask is
-      all zero has no mean: NaN.
+      ``z_loss`` (the term as added) and ``tokens`` (the divisor). A batch whose mask is all zero has no
+      mean: NaN.
     """
     total, lse_BT = _cross_entropy(apply, params, batch, z_loss=z_loss, reduction="sum", return_lse=True)
     mask_BT = batch["loss_mask"]
-    tokens = jnp.sum(mask_BT)
+    tokens = jnp.sum(mask_BT) if tokens is None else tokens
     loss = total / tokens
     z_term = z_loss * jnp.sum(jnp.square(jax.lax.stop_gradient(lse_BT)) * mask_BT) / tokens
     return loss, {"nats": loss - z_term, "z_loss": z_term, "tokens": tokens}

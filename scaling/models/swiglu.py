@@ -13,9 +13,10 @@ class SwiGLU(nnx.Module):
 
     def __init__(self, cfg, rngs: nnx.Rngs):
         D, F = cfg["d_model"], cfg["ffn_dim"]
-        self.gate = init.matrix(rngs, D, F)
-        self.up = init.matrix(rngs, D, F)
-        self.down = init.matrix(rngs, F, D, init.residual_gain(parametrization.residual_depth(cfg)))
+        gain = init.residual_gain(parametrization.residual_depth(cfg))
+        self.gate = init.matrix(rngs, D, F, axes=("d_model", "ffn_dim"))
+        self.up = init.matrix(rngs, D, F, axes=("d_model", "ffn_dim"))
+        self.down = init.matrix(rngs, F, D, gain, axes=("ffn_dim", "d_model"))
         self.dtype = jnp.dtype(cfg["dtype"])
         self.matmul = cfg.get("matmul", jnp.matmul)
 

@@ -118,6 +118,29 @@ def test_divergence_is_data(cell, tmp_path, lr, words):
     assert "NaN" not in folder.result.read_text() + folder.metrics.read_text()
 
 
+def test_parts_of_a_batch_sum_to_the_whole(cell, tmp_path):
+    """Three parts of four rows: two rows are filled up, and count for nothing."""
+    short = {**cell, "train": {**cell["train"], "steps": 12}}
+    whole = train(short, CellFolder(tmp_path, "whole"))
+    parts = train(short, CellFolder(tmp_path, "parts"), Execution(accumulate=3))
+    # another order of float32 sums, grown by twelve steps
+    np.testing.assert_allclose(parts["loss"], whole["loss"], rtol=1e-5)
+    with pytest.raises(ConfigError, match="accumulate is 0"):
+        train(cell, CellFolder(tmp_path, "none"), Execution(accumulate=0))
+
+
+def test_auto_takes_what_fits_and_says_what_is_missing(cell, tmp_path):
+    short = {**cell, "train": {**cell["train"], "steps": 12}}
+    whole = train(short, CellFolder(tmp_path, "whole"))
+    roomy = train(short, CellFolder(tmp_path, "roomy"), Execution(remat="auto", memory_bytes=10**9))
+    assert roomy["loss"] == whole["loss"]  # nothing recomputed, one part: the same program
+    with pytest.raises(ConfigError, match="does not tell its memory"):
+        train(short, CellFolder(tmp_path, "asked"), Execution(remat="auto"))
+    with pytest.raises(ConfigError, match=r"needs .* GB of each device .* 1e-06 GB may be used"):
+        one_row = {**short, "train": {**short["train"], "batch": 1}}  # three ways to try
+        train(one_row, CellFolder(tmp_path, "small"), Execution(remat="auto", memory_bytes=1000))
+
+
 def test_other_cell_in_the_folder(cell, tmp_path):
     folder = CellFolder(tmp_path, "c")
     train(cell, folder)
