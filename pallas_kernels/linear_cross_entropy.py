@@ -178,7 +178,7 @@ def _with_gradients(name, options, axes):
 
 
 def _letters(axes):
-    return " ".join(f"t{i}" for i in range(axes))
+    return " ".join(["b", *(f"t{i}" for i in range(1, axes))])
 
 
 def _bound(function, name, options, rule, tokens):

@@ -4,13 +4,17 @@ XLA cannot split a kernel: left alone it gathers the whole array on every device
 each batch row and head alone says so by a rule in einsum notation, and ``per_shard`` does the rest:
 
 - under a mesh with explicit axes the types carry the sharding, and the kernel goes into ``shard_map``;
-- otherwise the partitioner knows it later and asks then (``custom_partitioning`` with a Shardy rule);
+- within ``placed(mesh, ...)`` the caller has said it, and the kernel goes into ``shard_map`` too;
+- otherwise the partitioner knows it later and asks then (``custom_partitioning`` with a Shardy rule), which
+  the compilers for CPU and GPU do and that for TPU does not: on a TPU mesh, say it by ``placed``;
 - inside the caller's own ``shard_map`` arrays are local already, and the kernel is called as it is (where
   that ``shard_map`` leaves automatic axes over, the kernel's arrays are gathered over those).
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import math
 import re
@@ -19,12 +23,44 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 from jax import custom_batching
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, ManualAxisType, NamedSharding
+from jax.sharding import AxisType, ManualAxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch
 
 Factors = tuple[str, ...]  # of one axis, major first: ("k",) or ("k", "g")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Placement:
+    mesh: Mesh
+    factors: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def of(self, sizes: Mapping[str, int], whole: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Mesh axes of the factors in ``sizes``, where they divide them."""
+        parts = {name: math.prod(self.mesh.shape[a] for a in axes) for name, axes in self.factors}
+        fit = {n for n, k in parts.items() if n in sizes and n not in whole and sizes[n] % k == 0}
+        return {name: axes for name, axes in self.factors if name in fit}
+
+
+# part of the keys of jit's caches, like the target of ``dispatch``
+_placement = jax.make_user_context(None)
+
+
+@contextlib.contextmanager
+def placed(mesh: Mesh, **factors: str | tuple[str, ...]):
+    """Within it kernels are split over ``mesh`` as said here, whatever their arguments' sharding.
+
+    For a mesh with automatic axes whose compiler does not ask back how a kernel is split (TPU).
+
+    Args:
+      mesh: concrete, of automatic axes.
+      **factors: mesh axes that split a factor of the kernels' rules: ``b`` are batch rows, ``k`` key and
+        value heads. A factor that they do not divide is whole on every device, as is any not named.
+    """
+    axes = {name: (over,) if isinstance(over, str) else tuple(over) for name, over in factors.items()}
+    with _placement(_Placement(mesh, tuple(axes.items()))):
+        yield
 
 
 def out_shape(shape: Sequence[int], dtype, *inputs) -> jax.ShapeDtypeStruct:
@@ -87,6 +123,11 @@ def _call(function, rule, ins, outs, whole, sums, sizes, arrays):
     if mesh.axis_names and not free:
         return function(*arrays)
     sizes = {**_sizes(ins, [x.shape for x in arrays]), **sizes}
+    if _placement.value is not None:
+        mesh, placed = _placement.value.mesh, _placement.value.of(sizes, whole)
+        spec_in, spec_out = (tuple(_spec(axes, placed) for axes in side) for side in (ins, outs))
+        local = _with_sums(function, outs, sums, placed)
+        return jax.shard_map(local, mesh=mesh, in_specs=spec_in, out_specs=spec_out, check_vma=False)(*arrays)
     if len(free) < len(mesh.axis_names) or AxisType.Explicit in mesh.axis_types:
         # in a shard_map over some axes alone, what the partitioner does with the others is not to be had
         specs = [jax.typeof(x).sharding.spec for x in arrays]
@@ -109,7 +150,8 @@ def _call(function, rule, ins, outs, whole, sums, sizes, arrays):
         return mesh, _with_sums(function, outs, sums, placed), shard_out, shard_in
 
     split = custom_partitioning(lambda *xs: function(*xs))
-    axes = [axis for operand in (*ins, *outs) for axis in operand]
+    rule = _without_ones(rule, sizes)
+    axes = [axis for side in _parse(rule) for operand in side for axis in operand]
     names = dict.fromkeys(name for axis in axes for name in axis)
     alone = {axis[0] for axis in axes if len(axis) == 1}
     split.def_partition(
@@ -175,6 +217,17 @@ def _sizes(ins, shapes) -> dict[str, int]:
         for axis, n in zip(axes, shape, strict=True)
         if len(axis) == 1
     }
+
+
+def _without_ones(rule: str, sizes: Mapping[str, int]) -> str:
+    """The rule with factors of size 1 left out of brackets, where Shardy refuses them."""
+
+    def shorter(axis):
+        names = axis[1].split()
+        kept = [n for n in names if sizes[n] != 1] or names[:1]
+        return kept[0] if len(kept) == 1 else f"({' '.join(kept)})"
+
+    return re.sub(r"\(([^)]*)\)", shorter, rule)
 
 
 def _sides(rule: str) -> tuple[list[str], list[str]]:
