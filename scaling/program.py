@@ -10,7 +10,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from scaling.mesh import OnMesh, batch_sharding, state_shardings
+from pallas_kernels import sharding
+from scaling.mesh import ROWS, OnMesh, batch_sharding, state_shardings
 from scaling.models.lm import HERE, Apply, init_params, make_apply, once_options
 from scaling.models.loss import eval_sums
 from scaling.optim import hyper_parameter_shapes
@@ -118,12 +119,25 @@ def state_shapes(static: Static):
 def step_function(static: Static, plan: Plan = Plan()):
     """(state, batch, hp) to (state, metrics): one update, pure and not yet jitted."""
     apply = static.apply(plan.remat, plan.mesh)
-    return functools.partial(train_step, apply, static, accumulate=plan.accumulate)
+    return on_mesh(functools.partial(train_step, apply, static, accumulate=plan.accumulate), plan.mesh)
 
 
 def eval_function(static: Static, mesh: Mesh | None = None):
     """(params, batch) to (nats_B, tokens_B), pure and not yet jitted."""
-    return functools.partial(eval_sums, static.apply(mesh=mesh))
+    return on_mesh(functools.partial(eval_sums, static.apply(mesh=mesh)), mesh)
+
+
+def on_mesh(function, mesh: Mesh | None):
+    """The function with its kernels split as its arrays are: TPU's partitioner does not do it."""
+    if mesh is None:
+        return function
+
+    @functools.wraps(function.func)
+    def placed(*args):
+        with sharding.placed(mesh, b=ROWS, k="tensor"):
+            return function(*args)
+
+    return placed
 
 
 @functools.lru_cache(maxsize=8)
