@@ -193,7 +193,7 @@ def mixed(h):
 def random_bits(words, shape):
     """uint32 of a shape: an element's number, mixed with one word of a key and then with the other.
 
-    Drawn by ``jax.random.bits``, 20 rounds a leaf, they took five sixths of the time to compile a tiny step on
+    Drawn by ``jax.random.bits``, 20 rounds a leaf, they took five sixths of a tiny step's compile time on
     CPU. By the element's place alone, so that a mesh changes no bit.
 
     Args:

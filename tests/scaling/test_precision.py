@@ -24,6 +24,7 @@ from scaling.precision import (
 )
 from scaling.program import Static, first_state, step_function
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 M, K, N, BLOCK = 12, 40, 20, 16  # no axis is a multiple of the block
 
 
