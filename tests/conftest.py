@@ -1,13 +1,44 @@
-"""Shared by all tests: CPU only, a small corpus and a small study."""
+"""Shared by all tests: CPU only, one compilation cache a run, a small corpus and a small study."""
 
 import json
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 import pytest
 from tiny_study import tiny_study
+
+
+def pytest_configure(config):
+    """Equal programs compile once a run: all its processes, those of the command line too, share a folder."""
+    if hasattr(config, "workerinput") or config.option.markexpr in ("aot", "aot_gpu"):
+        return  # a process of pytest-xdist has it from the one that started it; what is read off a compiler
+    folder = tempfile.TemporaryDirectory(prefix="compiled-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["SCALING_COMPILATION_CACHE"] = folder.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+
+@pytest.fixture(scope="module")
+def own_programs():
+    """What a file's tests compiled is not kept for the next."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
+@pytest.fixture
+def quick_compiles(monkeypatch, own_programs):
+    """Few optimisations: for tiny programs that run for milliseconds and are compared with a tolerance."""
+    import jax
+
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of processes that the test starts
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

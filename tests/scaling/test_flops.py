@@ -280,8 +280,9 @@ def test_memory_estimate_is_near_what_xla_sets_aside(name, remat):
     """0.79 (bfloat16, jax 0.10.2) to 1.14 was seen; the bounds leave room for other versions."""
     changes, batch_size, seq = MEMORY_CASES[name]
     cfg = model(**changes)
-    apply, params = build(cfg, seed=0, remat=remat)
-    optimizer = optax.adamw(1e-3)
+    made = []
+    params = jax.eval_shape(lambda: made.append(build(cfg, seed=0, remat=remat)) or made[0][1])
+    apply, optimizer = made[0][0], optax.adamw(1e-3)
 
     def step(params, state, batch):
         gradient = jax.grad(lambda p: loss_fn(apply, p, batch, 1e-4)[0])(params)

@@ -13,6 +13,7 @@ from scaling.optim import hyper_parameters, is_hidden_matrix, make_optimizer
 from scaling.program import Static, compiled, first_state
 from scaling.step import eval_params
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 NAMES = ("adamw", "lion", "muon", "schedule_free")
 STEPS, WARMUP = 6, 3
 SHAPES = {"blocks": {"q": (2, 4, 6), "down": (2, 6, 4), "norm": {"scale": (2, 4)}}, "embed": (8, 4)}

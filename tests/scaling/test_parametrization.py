@@ -19,6 +19,7 @@ from scaling.program import Static, first_state, step_function
 from scaling.recipe import Recipe, for_parametrization, shape
 from scaling.study import validate_study
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 BASE = {"base_d_model": 32, "base_layers": 2}
 
 

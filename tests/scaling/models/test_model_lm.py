@@ -12,6 +12,7 @@ from scaling.config import ConfigError, validate_section
 from scaling.models.attention import rope_table, rotate
 from scaling.models.lm import REMAT, abstract_params, build, init_params
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 BASE = {"d_model": 32, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn_dim": 48, "vocab": 61}
 CONFIGS = {
     "tied": {},
