@@ -11,6 +11,8 @@ from scaling.flops import ledger
 from scaling.memory import REMATS, abstract_step, candidates, choose, cost, step_bytes
 from scaling.program import Plan, Static, compiled
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def brute_force(budget, ways, measure, price):
     fitting = [way for way in ways if measure(*way) <= budget]

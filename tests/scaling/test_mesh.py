@@ -23,6 +23,7 @@ from scaling.mesh import MeshShape, make_mesh, pad_rows, row_parts, rows_with_pa
 from scaling.program import Static, state_shapes
 from scaling.records import read_manifest
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 ROOT = Path(__file__).parents[2]
 # Sums over the same float32 numbers in another order, grown by a dozen steps: losses of about 5 agree to some
 # 1e-6 where measured.
@@ -117,7 +118,7 @@ def free_port() -> int:
 @pytest.mark.slow
 def test_two_processes_train_what_one_does_and_one_takes_over_from_two(corpus, tmp_path):
     """Real processes joined over gloo: the first writes, both read their own rows."""
-    config = tiny_study(corpus, budgets=(2e8, 4e8), params=(6e3,))
+    config = tiny_study(corpus, budgets=(2e8,), params=(6e3,))
     (tmp_path / "tiny.json").write_text(json.dumps(config))
     planned = CliRunner().invoke(
         cli, ["plan", str(tmp_path / "tiny.json"), "--study", str(tmp_path / "two"), "--no-estimate"]
