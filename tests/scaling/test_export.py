@@ -25,6 +25,7 @@ from scaling.optim import hyper_parameters
 from scaling.program import Static, first_state
 from scaling.train import train
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 MODEL = {"d_model": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn_dim": 40, "vocab": 97}
 # with the study's Qwen3, tied and without a window, below; tests/oracles has every combination
 CASES = {

@@ -13,6 +13,8 @@ from scaling.flops import CONVENTIONS, FEED_FORWARDS, MIXERS, ledger, memory_byt
 from scaling.models.lm import abstract_params, build
 from scaling.models.loss import loss_fn
 
+# what is read off the compiled program is the same text with few optimisations: they act on machine code
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 BASE = {"d_model": 64, "layers": 2, "heads": 4, "kv_heads": 4, "head_dim": 16, "ffn_dim": 168, "vocab": 256}
 CONFIGS = {
     "tied": {},
