@@ -73,10 +73,14 @@ class Cache:
             value = json.loads((self.folder / f"{name}.json").read_text())
         except (OSError, ValueError):
             return None
-        whole = isinstance(value, dict) and value.get("format") == FORMAT and isinstance(value.get("found"), dict)
+        whole = (
+            isinstance(value, dict) and value.get("format") == FORMAT and isinstance(value.get("found"), dict)
+        )
         return value["found"] if whole else None
 
     def put(self, name: str, found: dict) -> None:
         """Keeps an entry, written whole or not at all."""
         if self.folder is not None:
-            write_json(self.folder / f"{name}.json", {"format": FORMAT, "versions": versions(), "found": found})
+            write_json(
+                self.folder / f"{name}.json", {"format": FORMAT, "versions": versions(), "found": found}
+            )

@@ -8,6 +8,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+from scaling.mesh import ROWS, make_mesh
 
 from launch.preflight.cache import Cache, key
 from launch.preflight.cells import Program
@@ -16,7 +17,6 @@ from launch.preflight.hlo import Module, parse
 from launch.preflight.plans import Choice
 from launch.preflight.traffic import Traffic, spans, traffic
 from pallas_kernels import aot, dispatch, sharding
-from scaling.mesh import ROWS, make_mesh
 from scaling.optim import hyper_parameter_shapes
 from scaling.program import Plan, state_shapes, step_function, step_shardings
 
@@ -80,16 +80,23 @@ def lower_step(program: Program, target: Target, choice: Choice, parts: int):
         placed, rows, whole = jax.tree.map(lambda _: one, state), one, one
     else:
         placed, rows, whole = step_shardings(program.static, mesh)
-    shape = (parts * choice.rows * choice.mesh.row_parts, program.seq)
+    shape = (parts * choice.rows * choice.mesh.replica * choice.mesh.fsdp, program.seq)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in FIELDS.items()}
     put = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
     hp = jax.tree.map(lambda x: put(x, whole), hyper_parameter_shapes())
-    step = step_function(program.static, Plan(choice.remat, parts, mesh))
+    step = unbuilt(lambda: step_function(program.static, Plan(choice.remat, parts, mesh)))
     on_mesh = sharding.placed(mesh, b=ROWS, k="tensor") if mesh is not None else contextlib.nullcontext()
     with dispatch.target("tpu", target.generation), on_mesh:
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, whole))
         traced = jitted.trace(jax.tree.map(put, state, placed), batch, hp)
         return mesh, traced.lower(lowering_platforms=("tpu",))
+
+
+def unbuilt(make):
+    """What ``make`` returns, its arrays never computed: a model's first parameters can be larger than this host."""
+    kept = []
+    jax.eval_shape(lambda: kept.append(make()))
+    return kept[0]
 
 
 def refused(message: str, target: Target) -> dict:

@@ -43,7 +43,16 @@ class Generation:
 
 
 _PLANE = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
-_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8))  # to 512 chips
+_CUBE = (
+    (2, 2, 1),
+    (2, 2, 2),
+    (2, 2, 4),
+    (2, 4, 4),
+    (4, 4, 4),
+    (4, 4, 8),
+    (4, 8, 8),
+    (8, 8, 8),
+)  # to 512 chips
 
 # Memory, bidirectional bandwidth of all links of a chip, and network of the data centre: the pages v4, v5e,
 # v5p, v6e and tpu7x of docs.cloud.google.com/tpu/docs (2025 and 2026): v4 2,400 Gbps one way over 6 links; v5e
@@ -155,11 +164,11 @@ def parse_target(name: str) -> Target:
     kind, number, shape = found[1], found[2] and int(found[2]), found[3]
     if kind in GPUS:
         if shape or number == 0 or (number and number > NODE and number % NODE):
-            raise ConfigError(f"target is {name!r}; GPUs come as {kind}-1 to {kind}-{NODE}, or whole nodes of {NODE}")
+            raise ConfigError(
+                f"target is {name!r}; GPUs come as {kind}-1 to {kind}-{NODE}, or whole nodes of {NODE}"
+            )
         count = number or 1
-        return Target(
-            name, "cuda", kind, kind, (count,), 1, int(GPUS[kind][0]), math.ceil(count / NODE)
-        )
+        return Target(name, "cuda", kind, kind, (count,), 1, int(GPUS[kind][0]), math.ceil(count / NODE))
     if shape:
         return slice_of(kind, tuple(map(int, shape.split("x"))))
     generation = GENERATIONS[kind]

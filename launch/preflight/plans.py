@@ -9,10 +9,11 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
+from scaling.mesh import MeshShape
+
 from launch.preflight.cells import Program
 from launch.preflight.hardware import Target
 from scaling.flops import memory_bytes
-from scaling.mesh import MeshShape
 
 MICRO_TOKENS = 16384
 """Most tokens of a device in one part of a batch: more makes products no faster."""
@@ -57,7 +58,7 @@ def choices(program: Program, target: Target, remat: str | None = None) -> Itera
     mesh = mesh_for(program, target)
     if mesh is None:
         return
-    own = program.batch // mesh.row_parts
+    own = program.batch // (mesh.replica * mesh.fsdp)
     most = max(1, MICRO_TOKENS // program.seq)
     sizes = [rows for rows in _powers(most) if own % rows == 0]
     found = [Choice(mesh, policy, rows, own // rows) for policy in RECOMPUTED for rows in sizes]

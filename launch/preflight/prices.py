@@ -34,7 +34,9 @@ def read_prices(path: Path = DEFAULT) -> Prices:
     try:
         table = tomllib.loads(path.read_text())
     except OSError as error:
-        raise ConfigError(f"prices {str(path)!r} cannot be read ({error.strerror}); give a .toml file") from error
+        raise ConfigError(
+            f"prices {str(path)!r} cannot be read ({error.strerror}); give a .toml file"
+        ) from error
     except ValueError as error:
         raise ConfigError(f"prices {str(path)!r} is not TOML ({error})") from error
     where = f"prices {str(path)!r}"

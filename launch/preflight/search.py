@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from launch.preflight.cache import Cache
 from launch.preflight.cells import Program
 from launch.preflight.compile import compile_step
+from launch.preflight.gpu import estimate_step
 from launch.preflight.hardware import Target, smaller_slices
 from launch.preflight.plans import Choice, choices, estimated_bytes, state_bytes
 
@@ -40,12 +41,18 @@ def best_on(
     program: Program, target: Target, cache: Cache, *, remat: str | None = None, say: Callable = print
 ) -> tuple[Choice | None, dict | None, str | None]:
     """The fastest choice, by estimate, that fits a slice: (choice, found, None), or what came nearest and why not."""
+    if target.platform == "cuda":
+        return estimate_step(program, target, remat=remat)
     state = state_bytes(program, target.devices)
     if state > target.memory:
         return None, None, f"parameters and moments alone are {state / 2**30:.1f} GiB a device"
     left = list(choices(program, target, remat))
     if not left:
-        return None, None, f"{program.batch} rows do not divide over {target.devices} devices, nor do the heads"
+        return (
+            None,
+            None,
+            f"{program.batch} rows do not divide over {target.devices} devices, nor do the heads",
+        )
     nearest: tuple = (None, None)
     error = 1.0  # how far the estimate was off where the compiler has spoken
     while left:

@@ -66,7 +66,7 @@ class Traffic:
 def traffic(module: Module, devices: int, trips: Mapping[str, int] | None = None) -> Traffic:
     """The work of one step of a program compiled for ``devices`` devices; ``trips``: of loops, by name."""
     flops = memory = 0.0
-    found: dict[object, Collective] = {}
+    found: dict[tuple, Collective] = {}
     runs, unknown = module.runs(trips)
     for name, times in runs.items():
         computation = module.computations[name]
@@ -77,12 +77,14 @@ def traffic(module: Module, devices: int, trips: Mapping[str, int] | None = None
                 kind = _kind(inner)
                 if kind is None:
                     continue
-                # an asynchronous collective on TPU stands in the fusions that start it, hide it (these may
-                # be in a loop of their own) and end it, under one channel
-                key = inner.attribute("channel_id") or (name, inner.name)
-                if key in found and found[key].times <= times:
-                    continue
                 size = _collective_bytes(kind, owner, inner)
+                key: tuple = (name, inner.name)
+                if owner is not computation:
+                    # an asynchronous collective on TPU stands in the fusions that start it, hide it (these may
+                    # be in a loop of their own) and end it, under one channel
+                    key = (inner.attribute("channel_id"), kind, size)
+                    if key in found and found[key].times <= times:
+                        continue
                 found[key] = Collective(kind, size, _group(inner, devices), times)
     return Traffic(flops, memory, tuple(found.values()), unknown)
 
@@ -142,7 +144,9 @@ def _group(instruction: Instruction, devices: int) -> tuple[int, ...]:
     if named:
         sizes = {n: int(s) for n, s in re.findall(r"'([^']+)'=(\d+)", named[1])}
         over = re.findall(r"'([^']+)'", named[2])
-        order = [i for i, n in enumerate(sizes) if n not in over] + [i for i, n in enumerate(sizes) if n in over]
+        order = [i for i, n in enumerate(sizes) if n not in over] + [
+            i for i, n in enumerate(sizes) if n in over
+        ]
         return _lattice(list(sizes.values()), order)[: math.prod(sizes[n] for n in over)]
     return tuple(range(devices))  # no groups are written where all devices are one
 
@@ -186,7 +190,9 @@ def _product_flops(computation: Computation, instruction: Instruction) -> float:
         n = sum(c.isdigit() for c in ins)
         option = {k: v.split("x") for k, v in re.findall(r"(\w+)=([\d_x\-]+)", window)}
         at = int(axis)
-        stride, wide, spread = (int(option.get(k, ["1"] * n)[at]) for k in ("stride", "rhs_dilate", "lhs_dilate"))
+        stride, wide, spread = (
+            int(option.get(k, ["1"] * n)[at]) for k in ("stride", "rhs_dilate", "lhs_dilate")
+        )
         before = int(option.get("pad", ["0_0"] * n)[at].split("_")[0])
         last = (left[ins.index(axis)] - 1) * spread
         places = (
@@ -202,7 +208,7 @@ def _product_flops(computation: Computation, instruction: Instruction) -> float:
 def _memory(module: Module, computation: Computation, instruction: Instruction) -> float:
     """Bytes that an instruction reads from and writes to main memory."""
     opcode, operands = instruction.opcode, [_arrays_of(computation, o) for o in instruction.operands]
-    if opcode in FREE or opcode.endswith("-done") and opcode not in (f"{k}-done" for k in KINDS):
+    if opcode in FREE or (opcode.endswith("-done") and opcode not in (f"{k}-done" for k in KINDS)):
         return 0.0
     result = sum(map(_main, instruction.arrays))
     if opcode == "custom-call":
@@ -226,7 +232,7 @@ def _memory(module: Module, computation: Computation, instruction: Instruction) 
         fused = module.computations[instruction.called[0]]
         starts = instruction.name.startswith("async-collective-start")
         ends = instruction.name.startswith("async-collective-done")
-        read = 0.0 if ends else _read_by_fusion(fused, operands)
+        read = 0.0 if ends else _read_by_fusion(module, fused, operands)
         return read + (0.0 if starts else _written_by_fusion(fused, instruction))
     return float(result + sum(_main(a) for arrays in operands for a in arrays))
 
@@ -235,37 +241,35 @@ def _main(array: Array) -> int:
     return array.bytes if array.space == 0 else 0
 
 
-def _read_by_fusion(fused: Computation, operands) -> float:
+def _read_by_fusion(module: Module, fused: Computation, operands) -> float:
     """Of each operand all, or the slices where only slices are taken, or nothing where it is written into."""
-    read = 0.0
-    users: dict[str, list[Instruction]] = {}
-    for inner in fused.instructions.values():
-        for o in inner.operands:
-            users.setdefault(o, []).append(inner)
-    for inner in fused.instructions.values():
-        if inner.opcode != "parameter":
-            continue
-        number = int(inner.operands[0])
-        if number >= len(operands) or not any(map(_main, operands[number])):
-            continue
-        sliced = 0.0
-        for user, source in _real_users(users, inner.name):
-            if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == source:
-                sliced += sum(a.bytes for a in user.arrays)
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == source:
+    return sum(
+        min(_taken(module, fused, number), sum(map(_main, arrays)))
+        for number, arrays in enumerate(operands)
+        if any(map(_main, arrays))
+    )
+
+
+def _taken(module: Module, fused: Computation, number: int) -> float:
+    """Bytes that a fused computation takes of its parameter by slices; infinite where it takes all."""
+    inside = fused.instructions.values()
+    name = next((i.name for i in inside if i.opcode == "parameter" and i.operands[0] == str(number)), None)
+    taken, seen = 0.0, [name]
+    while seen:
+        source = seen.pop()
+        for user in inside:
+            if source not in user.operands:
                 continue
-            else:
-                sliced = math.inf
-        read += min(sliced, sum(map(_main, operands[number])))
-    return read
-
-
-def _real_users(users, name) -> Iterator[tuple[Instruction, str]]:
-    for user in users.get(name, ()):
-        if user.opcode in ("bitcast", "reshape"):
-            yield from _real_users(users, user.name)
-        else:
-            yield user, name
+            if user.opcode in ("bitcast", "reshape"):
+                seen.append(user.name)
+            elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == source:
+                taken += sum(a.bytes for a in user.arrays)
+            elif user.opcode == "fusion":
+                inner = module.computations[user.called[0]]
+                taken += sum(_taken(module, inner, n) for n, o in enumerate(user.operands) if o == source)
+            elif user.opcode != "dynamic-update-slice" or user.operands[0] != source:
+                return math.inf
+    return taken
 
 
 def _written_by_fusion(fused: Computation, instruction: Instruction) -> float:
