@@ -78,7 +78,7 @@ def cli() -> None:
 
     \b
     Before a pod is spent:
-      scaling preflight experiments/isoflop.py --target v5e-256    compile every cell for TPUs that are not here
+      scaling preflight experiments/isoflop.py --target v5e-256    compile every cell for a pod not here
 
     \b
     Further questions of a fit:
@@ -255,7 +255,7 @@ def run(
 @cli.command()
 @click.argument("study", type=click.Path(path_type=Path))
 @click.option("--target", default="v5e", show_default=True,
-              help="v4, v5e, v5p, v6e, tpu7x (one chip), a slice such as v5e-256, or GPUs such as h100-8.")  # fmt: skip
+              help="v4, v5e, v5p, v6e, tpu7x (one chip), a slice such as v5e-256, GPUs (h100-8).")  # fmt: skip
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of a config.")
 @click.option(
     "--remat",

@@ -68,10 +68,16 @@ def report(
 CERTAINTY = {
     "tpu": "Memory, products, collectives and kernels are read off the program that the TPU compiler made. "
     "What is headed by ~ is an estimate: the slowest of products, memory and network at the chip's published "
-    "figures, all at once; no run is faster, and most are slower. The last column is the same with nothing at once.",
+    "figures, all at once; no run is faster, most are slower. The last column has nothing at once.",
     "cuda": "Nothing was compiled for these GPUs: the step was lowered for CUDA, and everything headed by ~, "
-    "memory and network included, is an estimate from shapes and published figures. Less certain than for a TPU.",
+    "memory and network included, is estimated from shapes and published figures. Less certain than a TPU's.",
 }
+
+
+SHARED = (
+    "Cells that differ only in the number of parts of a batch share one compiled program: what a trip of its "
+    "loop does is multiplied by the parts."
+)
 
 
 def tables(console: Console, report: Mapping) -> None:
@@ -113,8 +119,8 @@ def _name(row: Mapping) -> list[str]:
 
 def compiled_table(report: Mapping):
     """Where each program fits, and how: by the compiler."""
-    columns = ["cells", "N", "shape", "batch", "slice", "mesh", "remat", "micro-batch", "memory GiB", "of", "fits",
-               "FLOPs a step", "FLOPs of the program"]  # fmt: skip
+    columns = ["cells", "N", "shape", "batch", "slice", "mesh", "remat", "micro-batch", "memory GiB", "of",
+               "fits", "FLOPs a step", "FLOPs of the program"]  # fmt: skip
     lines = []
     for row in report["rows"]:
         fits = "yes" if row["fits"] else _why_not(row)
@@ -157,8 +163,8 @@ def network_table(report: Mapping):
 def estimate_table(report: Mapping):
     """Time and money, all estimated."""
     currency = report["prices"]["currency"]
-    columns = ["cells", "N", "shape", "batch", "slice", "steps", "~step", "bound by", "~MFU", "~time", "~chip-hours",
-               f"~{currency}", "~step, in turn"]  # fmt: skip
+    columns = ["cells", "N", "shape", "batch", "slice", "steps", "~step", "bound by", "~MFU", "~time",
+               "~chip-hours", f"~{currency}", "~step, in turn"]  # fmt: skip
     lines = []
     for row in report["rows"]:
         e = row["estimate"]
@@ -168,7 +174,8 @@ def estimate_table(report: Mapping):
         days = duration(e["days"] * 86400) if e["days"] < 3 else f"{e['days']:.1f} days"
         lines.append(
             [*_name(row), row["slice"], str(row["steps"]), f"{1000 * e['step_seconds']:.0f} ms", e["bound"],
-             f"{100 * e['mfu']:.0f} %", days, f"{e['chip_hours']:,.0f}", money, f"{1000 * e['in_turn_seconds']:.0f} ms"]
+             f"{100 * e['mfu']:.0f} %", days, f"{e['chip_hours']:,.0f}", money,
+             f"{1000 * e['in_turn_seconds']:.0f} ms"]
         )  # fmt: skip
     return "Estimates: time and money of all steps of the cells", columns, lines
 
@@ -180,8 +187,8 @@ def remarks(report: Mapping) -> list[str]:
     price = f"{prices['chip_hour']:g} {prices['currency']} a chip-hour (list prices of {prices['dated']})"
     out = [
         report["target"],
-        f"The study on these slices: ~{totals['chip_hours']:,.0f} chip-hours{money}; ~{totals['days']:.1f} days "
-        "where the target is kept full." + (f" At {price}." if prices["chip_hour"] else ""),
+        f"The study on these slices: ~{totals['chip_hours']:,.0f} chip-hours{money}; ~{totals['days']:.1f} "
+        "days where the target is kept full." + (f" At {price}." if prices["chip_hour"] else ""),
         report["certainty"],
     ]
     kernels = sorted({k for row in rows for k in row.get("kernels", ())})
@@ -191,18 +198,16 @@ def remarks(report: Mapping) -> list[str]:
     ]
     out += ["Did not fit: " + text for text in tried]
     if any(r.get("compiled_parts", 0) < r.get("accumulate", 0) for r in rows):
-        out.append("Cells that differ only in the number of parts of a batch share one compiled program: what a "
-                   "trip of its loop does is multiplied by the parts.")  # fmt: skip
+        out.append(SHARED)
     unknown = sum(len(r.get("unknown_loops", ())) for r in rows)
     if unknown:
-        out.append(
-            f"{unknown} loops do not say how often they run and count once: the estimates are too low."
-        )
+        out.append(f"{unknown} loops do not say how often they run and count once: estimates are too low.")
     if report["note"]:
         out.append(report["note"][0].upper() + report["note"][1:] + ".")
     made = ", ".join(f"{k} {v}" for k, v in report["versions"].items() if v)
     out.append(
         f"{report['compiled']} programs compiled and {report['from_cache']} found in the cache in "
-        f"{duration(report['seconds'])}, with {_gib(report['peak_rss_bytes'])} GiB of host memory at most; {made}."
+        f"{duration(report['seconds'])}, with {_gib(report['peak_rss_bytes'])} GiB of host memory at most; "
+        f"{made}."
     )
     return out

@@ -15,7 +15,10 @@ from scaling.program import Static
 from scaling.records import read_manifest
 from scaling.study import load_study
 
-UNSEEN = "the data was not looked at: vocabulary and sequence length are the config's, cell ids are not the study's"
+UNSEEN = (
+    "the data was not looked at: vocabulary and sequence length are the config's, no cell is dropped for "
+    "want of data, and cell ids are not yet the study's"
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,7 +93,7 @@ def lower_step(program: Program, target: Target, choice: Choice, parts: int):
 
 
 def unbuilt(make):
-    """What ``make`` returns, its arrays never computed: a model's first parameters can be larger than this host."""
+    """What ``make`` returns, its arrays never computed: first parameters can be larger than this host."""
     kept = []
     jax.eval_shape(lambda: kept.append(make()))
     return kept[0]

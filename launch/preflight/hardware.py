@@ -26,7 +26,6 @@ class Generation:
       host_chips: chips of one host of a slice of several hosts. dcn: bytes/s of network beyond the slice.
       devices: JAX devices of one chip. cores: TensorCores that the name of a slice counts a chip.
       slices: the documented slice shapes, smallest first.
-      variants: how ``jax.experimental.topologies`` calls it.
     """
 
     name: str
@@ -55,9 +54,10 @@ _CUBE = (
 )  # to 512 chips
 
 # Memory, bidirectional bandwidth of all links of a chip, and network of the data centre: the pages v4, v5e,
-# v5p, v6e and tpu7x of docs.cloud.google.com/tpu/docs (2025 and 2026): v4 2,400 Gbps one way over 6 links; v5e
+# v5p, v6e and tpu7x of docs.cloud.google.com/tpu/docs (2025, 2026): v4 2,400 Gbps one way over 6 links; v5e
 # 400 GB/s both ways over 4; v5p 1,200 over 6; v6e 800 over 4; tpu7x 1,200 over 6. Sides that close to a ring:
 # 16 in the planes of v5e and v6e, multiples of 4 in the tori of the others ("full 3D torus" from 4x4x4 on).
+# The data centre's network, a chip: a v5e pod of 256 has 6.4 Tbps, v5p 50 Gbps, v6e and tpu7x 100; v4 as v5e.
 GENERATIONS = {
     "v4": Generation("v4", "v4", 32 << 30, 50e9, 3, 4, 4, 3.125e9, 1, 2, _CUBE),
     "v5e": Generation("v5e", "v5e", 16 << 30, 50e9, 2, 16, 4, 3.125e9, 1, 1, _PLANE),
@@ -136,7 +136,7 @@ class Target:
         uses all of them (rings over each, at once). Two devices of one chip share its links.
         """
         if self.platform == "cuda":
-            memory_, nvlink, network = GPUS[self.generation]
+            _, nvlink, network = GPUS[self.generation]
             return nvlink if math.prod(spans) <= NODE else network
         kind = GENERATIONS[self.generation]
         links = sum(self._links(span, side, kind) for span, side in zip(spans, self.shape, strict=True))

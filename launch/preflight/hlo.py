@@ -1,4 +1,4 @@
-"""A compiled program's text, read: computations, instructions, shapes, and how often each computation runs."""
+"""A compiled program's text, read: computations, instructions, shapes, and how often each runs."""
 
 from __future__ import annotations
 

@@ -49,6 +49,11 @@ def mesh_for(program: Program, target: Target) -> MeshShape | None:
     return MeshShape(1, fsdp, tensor)
 
 
+def does_not_divide(program: Program, target: Target) -> str:
+    """Why there is no mesh."""
+    return f"{program.batch} rows do not divide over {target.devices} devices, nor do the heads"
+
+
 def choices(program: Program, target: Target, remat: str | None = None) -> Iterator[Choice]:
     """Every choice on a slice, the fastest by estimate first; nothing where no mesh divides the cell.
 

@@ -40,7 +40,11 @@ def smallest_slice(
 def best_on(
     program: Program, target: Target, cache: Cache, *, remat: str | None = None, say: Callable = print
 ) -> tuple[Choice | None, dict | None, str | None]:
-    """The fastest choice, by estimate, that fits a slice: (choice, found, None), or what came nearest and why not."""
+    """The fastest choice, by estimate, that fits a slice.
+
+    Returns:
+      (choice, found, None); or what came nearest, and why it does not fit.
+    """
     if target.platform == "cuda":
         return estimate_step(program, target, remat=remat)
     state = state_bytes(program, target.devices)
@@ -77,7 +81,7 @@ def best_on(
 
 
 def next_choice(program: Program, target: Target, left: Sequence[Choice], error: float) -> Choice:
-    """The fastest that the estimate lets fit, else the one of least memory: the compiler has the last word."""
+    """The fastest that fits by estimate, else the one of least memory: the compiler has the last word."""
     for choice in left:
         if estimated_bytes(program, choice) * error <= target.memory:
             return choice

@@ -80,8 +80,8 @@ def traffic(module: Module, devices: int, trips: Mapping[str, int] | None = None
                 size = _collective_bytes(kind, owner, inner)
                 key: tuple = (name, inner.name)
                 if owner is not computation:
-                    # an asynchronous collective on TPU stands in the fusions that start it, hide it (these may
-                    # be in a loop of their own) and end it, under one channel
+                    # an asynchronous collective on TPU stands in the fusions that start it, hide it and end
+                    # it, under one channel; those that hide it may be in a loop of their own
                     key = (inner.attribute("channel_id"), kind, size)
                     if key in found and found[key].times <= times:
                         continue

@@ -78,7 +78,7 @@ def test_a_text_by_hand():
     assert found["all-gather"].group == found["all-reduce"].group == (0, 1, 2, 3)
     assert work.by_kind()["all-gather"] == 20 * tile and work.by_kind()["all-to-all"] == 0
     assert work.flops == 5000
-    # a trip reads one slice of the weights and writes what it gathers, and moves four integers of its counter;
+    # a trip reads one slice of the weights, writes what it gathers, and moves four integers of its counter;
     # what is in on-chip memory is free
     assert work.memory_bytes == 5 * (tile + 4 * tile + 16) + 777 + tile
 
@@ -102,7 +102,8 @@ def test_a_text_without_an_entry_is_refused():
         ("f32[4,6]{1,0} convolution(%a, %b), dim_labels=bf_io->bf", 2 * 4 * 6 * 5),
         # a product of two shards written as a window that slides over them: half of its places are padding
         (
-            "f32[4,2,6]{2,1,0} convolution(%c, %d), window={size=2 pad=1_1 rhs_reversal=1}, dim_labels=b0f_0io->b0f",
+            "f32[4,2,6]{2,1,0} convolution(%c, %d), window={size=2 pad=1_1 rhs_reversal=1}, "
+            "dim_labels=b0f_0io->b0f",
             2 * (2 * 4 * 6 * 5),
         ),
     ],
