@@ -87,7 +87,7 @@ def tables(console: Console, report: Mapping) -> None:
             continue
         table = Table(title=title, header_style="bold")
         for name in columns:
-            table.add_column(name, justify="left" if name in LEFT else "right")
+            table.add_column(name, justify="left" if name in LEFT else "right", no_wrap=name == "fits")
         for line in lines:
             table.add_row(*map(escape, line))
         console.print(table)
@@ -127,7 +127,7 @@ def compiled_table(report: Mapping):
         micro = f"{row['rows']} x {row['accumulate']}" if "rows" in row else "-"
         program = row.get("program_flops")
         lines.append(
-            [*_name(row), row["slice"], row.get("mesh", "-"), row.get("remat", "-"), micro,
+            [*_name(row), row["target"], row.get("mesh", "-"), row.get("remat", "-"), micro,
              _gib(row.get("needed_bytes")), _gib(row["device_bytes"]), fits, si(row["flops_per_step"]),
              si(program and program * row["devices"])]
         )  # fmt: skip
@@ -151,7 +151,7 @@ def _why_not(row: Mapping) -> str:
 def network_table(report: Mapping):
     """Bytes a step of each kind of collective, on one device."""
     lines = [
-        [*_name(row), row["slice"], *(si(row["collectives"].get(k, 0)) for k in KINDS)]
+        [*_name(row), row["target"], *(si(row["collectives"].get(k, 0)) for k in KINDS)]
         for row in report["rows"]
         if row.get("collectives")
     ]
@@ -173,7 +173,7 @@ def estimate_table(report: Mapping):
         money = "-" if e["money"] is None else f"{e['money']:,.0f}"
         days = duration(e["days"] * 86400) if e["days"] < 3 else f"{e['days']:.1f} days"
         lines.append(
-            [*_name(row), row["slice"], str(row["steps"]), f"{1000 * e['step_seconds']:.0f} ms", e["bound"],
+            [*_name(row), row["target"], str(row["steps"]), f"{1000 * e['step_seconds']:.0f} ms", e["bound"],
              f"{100 * e['mfu']:.0f} %", days, f"{e['chip_hours']:,.0f}", money,
              f"{1000 * e['in_turn_seconds']:.0f} ms"]
         )  # fmt: skip

@@ -62,7 +62,7 @@ def _found(program: Program, target: Target, choice: Choice, parts: int, cache: 
     try:
         compiled = lowered.compile()
     except Exception as error:  # in the compiler's own words: most often that memory is exceeded
-        found = refused(str(error), target)
+        found = refused(str(error))
     else:
         found = read_off(compiled, target, mesh, parts)
     found["compile_seconds"] = time.perf_counter() - began
@@ -99,7 +99,7 @@ def unbuilt(make):
     return kept[0]
 
 
-def refused(message: str, target: Target) -> dict:
+def refused(message: str) -> dict:
     """What is known of a program that the compiler refused."""
     used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
     needed = float(used[1]) * 1024 ** (" KMGT".index(used[2])) if used else None

@@ -49,7 +49,7 @@ def preflight(
             raise ConfigError(str(error)) from error
     found = programs(cells)
     for number, program in enumerate(found, 1):
-        name = f"{number} of {len(found)}: {program.params / 1e6:.0f}M, {program.batch} rows: "
+        name = f"{number} of {len(found)}: {program.params:.3g} parameters, {program.batch} rows: "
         where = smallest_slice(program, target, cache, remat=remat, say=lambda text, n=name: say(n + text))
         yield describe(program, *where, prices)
     largest = found[-1]
