@@ -269,9 +269,12 @@ def run(
     "--cache", type=click.Path(path_type=Path), help="Folder (default: ~/.cache/scaling/preflight)."
 )
 @click.option("--no-cache", is_flag=True, help="Compile everything, keep nothing.")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="Shapes compiled at once (default: CPU cores, at most 4)."
+)
 @click.option("--markdown", type=click.Path(path_type=Path), help="Write the tables to this file, too.")
 @json_option
-def preflight(study, target, overrides, remat, prices, cache, no_cache, markdown, as_json):
+def preflight(study, target, overrides, remat, prices, cache, no_cache, jobs, markdown, as_json):
     """Compile every distinct cell of STUDY for a TPU slice that is not here: memory, time, money.
 
     STUDY is a study folder or a config file. Each cell is compiled for the smallest slice that holds it, the
@@ -298,7 +301,8 @@ def preflight(study, target, overrides, remat, prices, cache, no_cache, markdown
     kept = Cache(None if no_cache else cache or default_folder())
     with show_preflight.progress(stderr) as say:
         policy = None if remat == "auto" else remat
-        rows = list(compile_all(cells, where, table, kept, remat=policy, say=say))
+        at_once = jobs or min(4, os.cpu_count() or 1)
+        rows = list(compile_all(cells, where, table, kept, remat=policy, jobs=at_once, say=say))
     report = show_preflight.report(rows, where, table, note, kept, began)
     if markdown is not None:
         markdown.write_text(show_preflight.as_markdown(report, str(study)))

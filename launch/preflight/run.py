@@ -7,6 +7,7 @@ and money are estimates from it (``roofline``), and marked as such wherever they
 
 from __future__ import annotations
 
+import concurrent.futures
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -28,13 +29,14 @@ def preflight(
     cache: Cache,
     *,
     remat: str | None = None,
+    jobs: int = 1,
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[dict]:
     """One row a distinct program, smallest first, and one of the largest on the whole target.
 
     Args:
       cells: entries of a manifest. remat: one policy (see ``models.lm.build``); None: the fastest that fits.
-      say: is told what is being compiled.
+      jobs: shapes to compile at once. say: is told what is being compiled, by any thread.
 
     Yields:
       Plain JSON, see ``describe``.
@@ -47,17 +49,31 @@ def preflight(
             aot.tpu_topology(target.topology)
         except (RuntimeError, ValueError) as error:
             raise ConfigError(str(error)) from error
-    found = programs(cells)
-    for number, program in enumerate(found, 1):
-        name = f"{number} of {len(found)}: {program.params:.3g} parameters, {program.batch} rows: "
-        where = smallest_slice(program, target, cache, remat=remat, say=lambda text, n=name: say(n + text))
-        yield describe(program, *where, prices)
-    largest = found[-1]
-    if where[0] != target and target.platform == "tpu":
-        say(f"the largest on {target}")
-        choice, result, why = best_on(largest, target, cache, remat=remat, say=say)
-        tried = [] if why is None else [{"slice": str(target), "why": why}]
-        yield {**describe(largest, target, choice, result, tried, prices), "whole_target": True}
+    shapes: dict[tuple, list[Program]] = {}
+    for program in programs(cells):
+        shapes.setdefault((program.static, program.seq), []).append(program)
+    largest = list(shapes.values())[-1][-1]
+
+    def rows_of(group: Sequence[Program]) -> list[dict]:
+        rows = []
+        for program in group:
+            prefix = f"{program.params:.3g} parameters, {program.batch} rows: "
+            tell = lambda text, prefix=prefix: say(prefix + text)  # noqa: E731
+            where = smallest_slice(program, target, cache, remat=remat, say=tell)
+            rows.append(describe(program, *where, prices))
+            if program is largest and where[0] != target and target.platform == "tpu":
+                choice, result, why = best_on(program, target, cache, remat=remat, say=tell)
+                tried = [] if why is None else [{"slice": str(target), "why": why}]
+                rows.append(
+                    {**describe(program, target, choice, result, tried, prices), "whole_target": True}
+                )
+        return rows
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        groups = list(shapes.values())
+        under_way = [pool.submit(rows_of, group) for group in reversed(groups)]  # the largest take longest
+        for rows in reversed(under_way):
+            yield from rows.result()
 
 
 def describe(
