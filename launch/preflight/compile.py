@@ -99,9 +99,15 @@ def unbuilt(make):
     return kept[0]
 
 
+MEMORY_WORDS = (
+    re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"),
+    re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM"),  # temporaries alone: it stops before the rest
+)
+
+
 def refused(message: str) -> dict:
-    """What is known of a program that the compiler refused."""
-    used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    """What is known of a program that the compiler refused; ``needed_bytes`` is then a lower bound."""
+    used = next((found for found in (w.search(message) for w in MEMORY_WORDS) if found), None)
     needed = float(used[1]) * 1024 ** (" KMGT".index(used[2])) if used else None
     line = next((line for line in message.splitlines() if line.strip()), "no message")
     return {

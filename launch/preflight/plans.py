@@ -96,10 +96,16 @@ def state_bytes(program: Program, devices: int) -> int:
 
 
 def estimated_bytes(program: Program, choice: Choice) -> float:
-    """Memory of one device, to leave out choices that are far from fitting."""
+    """Memory of one device, to leave out choices that are far from fitting.
+
+    Within 15 % of what libtpu reported for models of 50M to 155M on one chip, and for those of 4.9B and 7B that
+    it refused on 4 and 8.
+    """
     model, devices = program.model, choice.mesh.devices
     parts = memory_bytes(model, choice.rows, program.seq, remat=choice.remat)
     table = program.model["vocab"] * model["d_model"]
     gathered = 6 * table if devices > 1 else 4 * table  # the head in bfloat16, and its gradient in float32
-    gradients = 4 * program.params / devices
-    return state_bytes(program, devices) + gradients + gathered + parts.activations / choice.mesh.tensor
+    update = (
+        9 * program.params / devices
+    )  # gradients, and the step's arrays before they take the old ones' place
+    return state_bytes(program, devices) + update + gathered + parts.activations / choice.mesh.tensor + 2**29

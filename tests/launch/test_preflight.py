@@ -100,6 +100,10 @@ def test_what_the_compiler_says_of_too_large_a_program():
     )
     found = refused(message + "20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.")
     assert found["needed_bytes"] == 20.5 * 2**30 and found["bytes"] is None
+    early = (
+        "the total memory required for HLO temporaries (16.18G) exceeds available HBM (15.75G). HLO module"
+    )
+    assert refused(early)["needed_bytes"] == 16.18 * 2**30
     assert refused("INTERNAL: something else\nmore")["error"] == "INTERNAL: something else"
     assert refused("INTERNAL: something else")["needed_bytes"] is None
 
