@@ -1,9 +1,9 @@
 """How far the preflight's prediction is off, where it can be measured: on one core of this CPU.
 
-The reader and the roofline of ``scaling preflight`` take the compiled training step of a few small cells; in
-place of a chip's published figures stand this core's, measured: a large matrix product and a large copy. Then
-the step is timed. Printed: predicted over measured, for the roofline (all at once) and for products and memory
-in turn.
+The reader and the roofline of ``scaling preflight`` take the compiled training step of a few small cells;
+in place of a chip's published figures stand this core's, measured: a large matrix product and a large copy.
+Then the step is timed. Printed: predicted over measured, for the roofline (all at once) and for products and
+memory in turn.
 
     python benchmarks/preflight_error.py [--steps 12] [--json FILE] [--markdown FILE]
 """
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -38,7 +39,7 @@ CELLS = {
     "d_model 256, 6 layers": (256, 6, 256, 8, 128),
     "d_model 256, 6 layers, vocabulary 8192": (256, 6, 8192, 8, 128),
     "d_model 256, 6 layers, sequence 512": (256, 6, 256, 2, 512),
-    "d_model 512, 8 layers": (512, 8, 256, 8, 128),
+    "d_model 384, 6 layers": (384, 6, 256, 8, 128),
 }
 
 
@@ -155,8 +156,8 @@ def as_markdown(result: dict) -> str:
             *lines,
             "",
             "Roofline: the slower of products and memory, as `scaling preflight` predicts a step; in turn: "
-            "their sum. Below 1 the step is slower than predicted. Bytes are those of every operation's operands "
-            "and results, so that what stays in a cache is counted as if it came from memory.",
+            "their sum. Below 1 the step is slower than predicted. Bytes are those of every operation's "
+            "operands and results, so that what stays in a cache is counted as if it came from memory.",
             "",
         ]
     )
@@ -170,7 +171,10 @@ def main() -> None:
     args = parser.parse_args()
     before = os.getloadavg()[0]
     peak, bandwidth = measured_peak(), measured_bandwidth()
-    rows = {name: measure(make_cell(*sizes), peak, bandwidth, args.steps) for name, sizes in CELLS.items()}
+    rows = {}
+    for name, sizes in CELLS.items():
+        rows[name] = measure(make_cell(*sizes), peak, bandwidth, args.steps)
+        print(name, f"{rows[name]['predicted_over_measured']:.2f}", file=sys.stderr, flush=True)
     result = {"peak": peak, "bandwidth": bandwidth, "rows": rows, "load": [before, os.getloadavg()[0]]}
     text = as_markdown(result)
     print(text)
