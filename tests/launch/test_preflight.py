@@ -10,6 +10,7 @@ from scaling.mesh import MeshShape
 from tiny_study import tiny_cell
 
 from launch.cli import cli
+from launch.preflight import compile as compiler
 from launch.preflight import run, search
 from launch.preflight.cache import Cache
 from launch.preflight.cells import Program, programs, read_cells
@@ -239,19 +240,15 @@ def test_a_step_on_a_mesh(wide, shape):
 
 @pytest.mark.aot
 @needs_libtpu
-def test_programs_that_differ_in_parts_alone_share_one(wide):
+def test_programs_that_differ_in_parts_alone_share_one(wide, tmp_path, monkeypatch):
     target = slice_of("v5e", (2, 2))
     mesh = MeshShape(1, 4, 1)
-    short = compile_step(wide, target, Choice(mesh, "full", 1, 3), Cache(None))
-    by_trips = compile_step(wide, target, Choice(mesh, "full", 1, 6), Cache(None))
-    assert by_trips["compiled_parts"] == 3
-    from launch.preflight import compile as compiler
-
-    compiler_limit, compiler.SHARED_PARTS = compiler.SHARED_PARTS, 6
-    try:
-        whole = compile_step(wide, target, Choice(mesh, "full", 1, 6), Cache(None))
-    finally:
-        compiler.SHARED_PARTS = compiler_limit
+    kept = Cache(tmp_path)
+    short = compile_step(wide, target, Choice(mesh, "full", 1, 3), kept)
+    by_trips = compile_step(wide, target, Choice(mesh, "full", 1, 6), kept)
+    assert by_trips["compiled_parts"] == 3 and by_trips["cached"]
+    monkeypatch.setattr(compiler, "SHARED_PARTS", 6)
+    whole = compile_step(wide, target, Choice(mesh, "full", 1, 6), kept)
     assert whole["compiled_parts"] == 6 and whole["flops"] > 1.5 * short["flops"]
     assert by_trips["flops"] == whole["flops"] and by_trips["collectives"] == whole["collectives"]
     assert by_trips["memory_bytes"] == pytest.approx(whole["memory_bytes"], rel=1e-3)
