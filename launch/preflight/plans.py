@@ -98,8 +98,8 @@ def state_bytes(program: Program, devices: int) -> int:
 def estimated_bytes(program: Program, choice: Choice) -> float:
     """Memory of one device, to leave out choices that are far from fitting.
 
-    Within 15 % of what libtpu reported for models of 50M to 155M on one chip, and of 4.9B and 7B, refused on 4
-    and 8.
+    Within 15 % of what libtpu reported for models of 50M to 155M on one chip, and of 4.9B and 7B, refused on
+    4 and 8.
     """
     model, devices = program.model, choice.mesh.devices
     parts = memory_bytes(model, choice.rows, program.seq, remat=choice.remat)
