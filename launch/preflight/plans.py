@@ -98,7 +98,7 @@ def state_bytes(program: Program, devices: int) -> int:
 def estimated_bytes(program: Program, choice: Choice) -> float:
     """Memory of one device, to leave out choices that are far from fitting.
 
-    Within 10 % of what libtpu reported for models of 50M, 90M and 155M on one chip, 4.9B on 8 and 7B on 16. It
+    Within 10 % of what libtpu reported for models of 50M, 90M and 155M on one chip, 4.9B on 8, 7B on 16. It
     gave a step 20 bytes a parameter besides the state: gradients, and new arrays while the old are there.
     """
     model, devices = program.model, choice.mesh.devices
