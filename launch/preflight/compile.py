@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import time
 
 import jax
-import jax.numpy as jnp
-from scaling.mesh import ROWS, make_mesh
 
 from launch.preflight.cache import Cache, key
 from launch.preflight.cells import Program
@@ -16,19 +13,15 @@ from launch.preflight.hardware import Target
 from launch.preflight.hlo import Module, parse
 from launch.preflight.plans import Choice
 from launch.preflight.traffic import Traffic, spans, traffic
-from pallas_kernels import aot, dispatch, sharding
-from scaling.optim import hyper_parameter_shapes
-from scaling.program import Plan, state_shapes, step_function, step_shardings
+from pallas_kernels import aot, dispatch
+from scaling.memory import abstract_step, step_bytes
+from scaling.mesh import make_mesh, row_parts
+from scaling.program import Plan, compiled
 
 SHARED_PARTS = 3
 """Batches of more parts than this are compiled with so many: only the trips of one loop differ."""
-FIELDS = {"inputs": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32,
-          "loss_mask": jnp.float32}  # fmt: skip
-
-
-def batch_bytes(rows: int, seq: int) -> int:
-    """Bytes of a batch's arrays."""
-    return rows * seq * sum(jnp.dtype(dtype).itemsize for dtype in FIELDS.values())
+BATCH_BYTES = 20
+"""Bytes of a batch a token: inputs, targets, segments, positions and the mask, four each."""
 
 
 def compile_step(program: Program, target: Target, choice: Choice, cache: Cache) -> dict:
@@ -60,11 +53,11 @@ def _found(program: Program, target: Target, choice: Choice, parts: int, cache: 
         return {**found, "cached": True}
     began = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        executable = lowered.compile()
     except Exception as error:  # in the compiler's own words: most often that memory is exceeded
         found = refused(str(error))
     else:
-        found = read_off(compiled, target, mesh, parts)
+        found = read_off(executable, target, mesh, parts)
     found["compile_seconds"] = time.perf_counter() - began
     cache.put(name, found)
     return {**found, "cached": False}
@@ -74,29 +67,15 @@ def lower_step(program: Program, target: Target, choice: Choice, parts: int):
     """The mesh (None on one device) and the lowered step, for a batch of so many parts."""
     devices = aot.tpu_topology(target.topology).devices
     mesh = make_mesh(choice.mesh, devices) if choice.mesh.devices > 1 else None
-    one = jax.sharding.SingleDeviceSharding(devices[0])
-    state = state_shapes(program.static)
+    plan = Plan(choice.remat, parts, mesh)
+    rows = parts * choice.rows * row_parts(mesh)
+    arguments = abstract_step(program.static, plan, rows, program.seq)
     if mesh is None:
-        placed, rows, whole = jax.tree.map(lambda _: one, state), one, one
-    else:
-        placed, rows, whole = step_shardings(program.static, mesh)
-    shape = (parts * choice.rows * choice.mesh.replica * choice.mesh.fsdp, program.seq)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in FIELDS.items()}
-    put = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
-    hp = jax.tree.map(lambda x: put(x, whole), hyper_parameter_shapes())
-    step = unbuilt(lambda: step_function(program.static, Plan(choice.remat, parts, mesh)))
-    on_mesh = sharding.placed(mesh, b=ROWS, k="tensor") if mesh is not None else contextlib.nullcontext()
-    with dispatch.target("tpu", target.generation), on_mesh:
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, whole))
-        traced = jitted.trace(jax.tree.map(put, state, placed), batch, hp)
-        return mesh, traced.lower(lowering_platforms=("tpu",))
-
-
-def unbuilt(make):
-    """What ``make`` returns, its arrays never computed: first parameters can be larger than this host."""
-    kept = []
-    jax.eval_shape(lambda: kept.append(make()))
-    return kept[0]
+        here = jax.sharding.SingleDeviceSharding(devices[0])
+        arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments)
+    step, _ = compiled(program.static, plan)
+    with dispatch.target("tpu", target.generation):
+        return mesh, step.trace(*arguments).lower(lowering_platforms=("tpu",))
 
 
 MEMORY_WORDS = (
@@ -116,9 +95,9 @@ def refused(message: str) -> dict:
     }  # fmt: skip
 
 
-def read_off(compiled, target: Target, mesh, parts: int) -> dict:
+def read_off(executable, target: Target, mesh, parts: int) -> dict:
     """The numbers of a compiled program, those of its loop over parts apart so that others may share it."""
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory, text = executable.memory_analysis(), executable.as_text()
     sizes = {
         "arguments": memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
@@ -132,7 +111,7 @@ def read_off(compiled, target: Target, mesh, parts: int) -> dict:
     if loop is not None:
         one_more = _plain(traffic(module, target.devices, {loop: parts + 1}), places)
     return {
-        "bytes": sizes, "needed_bytes": sum(sizes.values()), "error": None, "kernels": kernels_in(text),
+        "bytes": sizes, "needed_bytes": step_bytes(executable), "error": None, "kernels": kernels_in(text),
         **whole, "shares_parts": loop is not None, "loop": one_more,
     }  # fmt: skip
 
@@ -174,7 +153,7 @@ def _with_parts(found: dict, program: Program, choice: Choice, compiled: int) ->
     found.pop("shares_parts")
     if more == 0 or found["bytes"] is None:
         return found
-    longer = batch_bytes(more * choice.rows, program.seq)
+    longer = BATCH_BYTES * more * choice.rows * program.seq
     found["bytes"] = {**found["bytes"], "arguments": found["bytes"]["arguments"] + longer}
     found["needed_bytes"] += longer
     for field in ("flops", "memory_bytes"):

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import time
 
-import jax
-
 from launch.preflight.cells import Program
-from launch.preflight.compile import FIELDS, unbuilt
 from launch.preflight.hardware import Target
-from launch.preflight.plans import RECOMPUTED, Choice, choices, estimated_bytes
+from launch.preflight.plans import Choice, choices, estimated_bytes, flops_with_remat
 from pallas_kernels import dispatch
 from scaling.flops import memory_bytes
-from scaling.optim import hyper_parameter_shapes
-from scaling.program import Plan, state_shapes, step_function
+from scaling.memory import abstract_step
+from scaling.program import Plan, compiled
 
 
 def estimate_step(
@@ -44,15 +41,11 @@ def estimate_step(
 def lower_for_cuda(program: Program, target: Target, choice: Choice):
     """The step of one GPU's part of a batch, lowered."""
     parts = min(choice.accumulate, 2)
-    step = unbuilt(lambda: step_function(program.static, Plan(choice.remat, parts, None)))
-    shape = (parts * choice.rows, program.seq)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in FIELDS.items()}
+    plan = Plan(choice.remat, parts)
     name = target.generation if target.generation in dispatch.HOPPER else None
     with dispatch.target("cuda", name):
-        traced = jax.jit(step, donate_argnums=0).trace(
-            state_shapes(program.static), batch, hyper_parameter_shapes()
-        )
-        return traced.lower(lowering_platforms=("cuda",))
+        arguments = abstract_step(program.static, plan, parts * choice.rows, program.seq)
+        return compiled(program.static, plan)[0].trace(*arguments).lower(lowering_platforms=("cuda",))
 
 
 def guessed(program: Program, target: Target, choice: Choice) -> dict:
@@ -75,7 +68,7 @@ def guessed(program: Program, target: Target, choice: Choice) -> dict:
         "needed_bytes": estimated_bytes(program, choice),
         "error": None,
         "kernels": [],
-        "flops": RECOMPUTED[choice.remat] * program.flops / devices,
+        "flops": flops_with_remat(program, choice),
         "memory_bytes": parts * (3 * weights + 2 * kept) + 28 * program.params / devices,
         "collectives": collectives if choice.mesh.fsdp > 1 else [],
         "unknown_loops": [],

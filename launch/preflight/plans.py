@@ -9,16 +9,14 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from scaling.mesh import MeshShape
-
 from launch.preflight.cells import Program
 from launch.preflight.hardware import Target
 from scaling.flops import memory_bytes
+from scaling.memory import REMATS, cost
+from scaling.mesh import MeshShape
 
 MICRO_TOKENS = 16384
 """Most tokens of a device in one part of a batch: more makes products no faster."""
-RECOMPUTED = {"none": 1.0, "dots": 1.06, "full": 4 / 3}
-"""FLOPs of a step with remat over those without: full repeats the layers' forward pass, dots attention's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +64,7 @@ def choices(program: Program, target: Target, remat: str | None = None) -> Itera
     own = program.batch // (mesh.replica * mesh.fsdp)
     most = max(1, MICRO_TOKENS // program.seq)
     sizes = [rows for rows in _powers(most) if own % rows == 0]
-    found = [Choice(mesh, policy, rows, own // rows) for policy in RECOMPUTED for rows in sizes]
+    found = [Choice(mesh, policy, rows, own // rows) for policy in REMATS for rows in sizes]
     found = [c for c in found if remat in (None, c.remat)]
     yield from sorted(found, key=lambda c: (estimated_seconds(program, target, c), c.accumulate))
 
@@ -76,16 +74,21 @@ def _powers(most: int) -> list[int]:
 
 
 def estimated_seconds(program: Program, target: Target, choice: Choice) -> float:
-    """A step's time, to order choices: products at the peak, or the weights' way through the network."""
-    compute = RECOMPUTED[choice.remat] * program.flops / target.devices / target.peak_flops
-    weights = 0.0
-    if choice.mesh.fsdp > 1:
-        # bfloat16, gathered for the forward and the backward pass, and gradients added up
-        bandwidth = target.network(target.shape)
-        weights = choice.accumulate * 3 * 2 * program.params / choice.mesh.tensor / bandwidth
-    # each part reads its weights three times
-    memory = choice.accumulate * 3 * 2 * program.params / choice.mesh.tensor / target.bandwidth
-    return max(compute, weights) + memory
+    """A step's time, to order choices: products and weights (``scaling.memory.cost``), or the network."""
+    ratio = target.peak_flops / target.bandwidth
+    work = (program.model, program.batch, program.seq, choice.remat, choice.accumulate, target.devices)
+    here = cost(*work, flops_per_byte=ratio) / target.peak_flops
+    if choice.mesh.fsdp == 1:
+        return here
+    # bfloat16 weights gathered for the forward and the backward pass, and gradients added up
+    moved = choice.accumulate * 3 * 2 * program.params / choice.mesh.tensor
+    return max(here, moved / target.network(target.shape))
+
+
+def flops_with_remat(program: Program, choice: Choice) -> float:
+    """Products of one device in a step: the ledger's and what remat repeats."""
+    work = (program.model, program.batch, program.seq, choice.remat, choice.accumulate)
+    return cost(*work, choice.mesh.devices, flops_per_byte=0.0)
 
 
 def state_bytes(program: Program, devices: int) -> int:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from scaling.mesh import MeshShape
 from tiny_study import tiny_cell
 
 from launch.cli import cli
@@ -19,6 +18,7 @@ from launch.preflight.hardware import parse_target, slice_of
 from launch.preflight.plans import Choice, choices, mesh_for, state_bytes
 from launch.preflight.prices import read_prices
 from scaling.config import ConfigError
+from scaling.mesh import MeshShape
 from scaling.program import program_key
 
 ISOFLOP = Path(__file__).parents[2] / "experiments" / "isoflop.py"
