@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from tiny_study import tiny_cell
@@ -14,9 +15,10 @@ from launch.preflight import run, search
 from launch.preflight.cache import Cache
 from launch.preflight.cells import Program, programs, read_cells
 from launch.preflight.compile import compile_step, kernels_in, refused
-from launch.preflight.hardware import parse_target, slice_of
+from launch.preflight.hardware import GENERATIONS, parse_target, slice_of
 from launch.preflight.plans import Choice, choices, mesh_for, state_bytes
 from launch.preflight.prices import read_prices
+from pallas_kernels import aot
 from scaling.config import ConfigError
 from scaling.mesh import MeshShape
 from scaling.program import program_key
@@ -253,3 +255,13 @@ def test_programs_that_differ_in_parts_alone_share_one(wide, tmp_path, monkeypat
     assert by_trips["flops"] == whole["flops"] and by_trips["collectives"] == whole["collectives"]
     assert by_trips["memory_bytes"] == pytest.approx(whole["memory_bytes"], rel=1e-3)
     assert by_trips["needed_bytes"] == pytest.approx(whole["needed_bytes"], rel=1e-3)
+
+
+@pytest.mark.aot
+@needs_libtpu
+@pytest.mark.parametrize("name", [*GENERATIONS, "v5e-8", "v6e-16", "v4-64", "v5p-128", "tpu7x-8"])
+def test_the_compiler_knows_every_slice_with_as_many_devices(name):
+    target = parse_target(name)
+    devices = aot.tpu_topology(target.topology).devices
+    assert len(devices) == target.devices
+    assert {tuple(d.coords[: len(target.shape)]) for d in devices} == set(np.ndindex(target.shape))
