@@ -78,7 +78,7 @@ def cli() -> None:
 
     \b
     Before a pod is spent:
-      scaling preflight studies/quickstart --target v5e    compile every cell for a TPU that is not here
+      scaling preflight experiments/isoflop.py --target v5e-256    compile every cell for a pod not here
 
     \b
     Further questions of a fit:
@@ -254,26 +254,60 @@ def run(
 
 @cli.command()
 @click.argument("study", type=click.Path(path_type=Path))
-@click.option("--target", default="v5e", show_default=True, help="TPU: v4, v5e, v5p, v6e or tpu7x.")
-@click.option("--remat", default="none", show_default=True, help="What the backward pass recomputes.")
+@click.option("--target", default="v5e", show_default=True,
+              help="v4, v5e, v5p, v6e, tpu7x (one chip), a slice such as v5e-256, GPUs (h100-8)")  # fmt: skip
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of a config.")
+@click.option(
+    "--remat",
+    type=click.Choice(["auto", "none", "dots", "full"]),
+    default="auto",
+    show_default=True,
+    help="What the backward pass recomputes; auto: the fastest that fits.",
+)
+@click.option("--prices", type=click.Path(path_type=Path), help="Another file like launch/prices.toml.")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), help="Folder (default: ~/.cache/scaling/preflight)."
+)
+@click.option("--no-cache", is_flag=True, help="Compile everything, keep nothing.")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="Shapes compiled at once (default: CPU cores, at most 4)."
+)
+@click.option("--markdown", type=click.Path(path_type=Path), help="Write the tables to this file, too.")
 @json_option
-def preflight(study, target, remat, as_json):
-    """Compile every distinct cell of STUDY for one chip of a TPU that is not here.
+def preflight(study, target, overrides, remat, prices, cache, no_cache, jobs, markdown, as_json):
+    """Compile every distinct cell of STUDY for a TPU slice that is not here: memory, time, money.
 
-    STUDY is a study folder or a config file. Needs libtpu: pip install 'scaling[tpu]'. Exit code 1 where a
-    cell does not fit the chip's memory or does not compile.
+    STUDY is a study folder or a config file. Each cell is compiled for the smallest slice that holds it, the
+    largest also for the whole target. Of v5e and v6e the number counts chips, of v4, v5p and tpu7x
+    TensorCores: v5p-128 has 64 chips. Needs libtpu: pip install 'scaling[tpu]'. Exit code 1 where a cell
+    does not fit or does not compile.
     """
     import os
 
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compiler is wanted, not the chip
-    from launch import show
-    from launch.preflight import preflight as compile_all
-    from launch.preflight import read_cells
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # else libtpu looks for a TPU and complains
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    from launch.preflight.hardware import parse_target
+    from launch.preflight.prices import DEFAULT, read_prices
 
-    with show.preflight_progress(stderr):
-        rows = list(compile_all(read_cells(study), target, remat=remat))
-    emit(as_json, rows, lambda: show.preflight(console, rows, target))
-    return 0 if all(row["fits"] for row in rows) else 1
+    where, table = parse_target(target), read_prices(prices or DEFAULT)
+    from launch import show_preflight
+    from launch.preflight.cache import Cache, default_folder
+    from launch.preflight.cells import read_cells
+    from launch.preflight.run import preflight as compile_all
+
+    began = show_preflight.Clock()
+    cells, note = read_cells(study, overrides)
+    kept = Cache(None if no_cache else cache or default_folder())
+    with show_preflight.progress(stderr) as say:
+        policy = None if remat == "auto" else remat
+        at_once = jobs or min(4, os.cpu_count() or 1)
+        rows = list(compile_all(cells, where, table, kept, remat=policy, jobs=at_once, say=say))
+    report = show_preflight.report(rows, where, table, note, kept, began)
+    if markdown is not None:
+        markdown.write_text(show_preflight.as_markdown(report, str(study)))
+    emit(as_json, report, lambda: show_preflight.tables(console, report))
+    return 0 if all(row["fits"] for row in rows if not row["whole_target"]) else 1
 
 
 @cli.command()

@@ -260,50 +260,6 @@ def cell_line(row: dict) -> str:
     return f"{row['cell'][:8]} finished: loss {row['loss']:.4f} in {duration(row['seconds'])}"
 
 
-@contextlib.contextmanager
-def preflight_progress(console: Console):
-    """A spinner while cells compile."""
-    with Progress(TextColumn("compiling each distinct cell"), TimeElapsedColumn(), console=console,
-                  transient=True) as bar:  # fmt: skip
-        bar.add_task("", total=None)
-        yield
-
-
-def preflight(console: Console, rows: list[dict], target: str) -> None:
-    """What each distinct shape takes on one chip of a TPU generation."""
-    table = Table(title=f"one {target} chip, compiled ahead of time", header_style="bold")
-    names = (
-        "cells",
-        "N",
-        "shape",
-        "batch",
-        "seq",
-        "memory",
-        "of",
-        "temporary",
-        "kernels",
-        "floor",
-        "compile",
-    )
-    for column in (*names, "fits"):
-        table.add_column(column, justify="left" if column in ("kernels", "fits") else "right")
-    for r in rows:
-        memory, temporary = "-", "-"
-        if r["bytes"]:
-            memory, temporary = gigabytes(r["total_bytes"]), gigabytes(r["bytes"]["temporary"])
-        fits = "[green]yes[/]" if r["fits"] else f"[red]no[/] {escape(r['error'] or '')}"
-        table.add_row(
-            str(len(r["cells"])), si(r["params"]), f"{r['layers']}x{r['d_model']}", str(r["batch"]),
-            str(r["seq"]), memory, gigabytes(r["device_bytes"]), temporary, ", ".join(r["kernels"]) or "none",
-            duration(r["floor_seconds"]), duration(r["compile_seconds"]), fits,
-        )  # fmt: skip
-    console.print(table)
-    console.print(
-        "Memory: arguments, temporaries and program, as the compiler reports them. Floor: the cells' FLOPs "
-        "by the exact ledger at the chip's peak; no run reaches it."
-    )
-
-
 def status(console: Console, study: Path, rows: list[dict]) -> None:
     """The status table of a study."""
     table = Table(title=str(study), header_style="bold")

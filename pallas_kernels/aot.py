@@ -39,8 +39,10 @@ def tpu_topology(name: str):
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server to ask off Google Cloud
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device is opened: processes may share it
     name = TPU_SLICES.get(name, name)
+    # as on the machine, where both TensorCores of a v4 chip are one device
+    options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name)
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except RuntimeError as e:
         if "not installed" in str(e):
             raise RuntimeError("libtpu is not installed; pip install 'scaling[tpu]' brings it") from e

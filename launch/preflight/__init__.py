@@ -1,0 +1,1 @@
+"""A study compiled for chips that are not here: ``run.preflight`` does it, the other files are its parts."""
