@@ -99,8 +99,8 @@ def first_state(static: Static, seed, hp):
 
 def placed_first_state(static: Static, seed: int, hp, mesh: Mesh | None):
     """``first_state`` on a mesh, each part made where it lies; on one device without."""
-    if mesh is None:
-        return first_state(static, seed, hp)
+    if mesh is None:  # committed to its device, as what a checkpoint gives is: else a resume compiles again
+        return jax.device_put(first_state(static, seed, hp), jax.local_devices()[0])
     return _maker(static, mesh)(seed, hp)
 
 

@@ -10,6 +10,7 @@ from tiny_study import tiny_cell
 
 from scaling.config import ConfigError, cell_id, validate_cell
 from scaling.files import CellFolder, StudyError, read_jsonl
+from scaling.program import Plan, Static, compiled
 from scaling.train import Execution, train
 
 
@@ -38,12 +39,16 @@ def test_resume_is_bit_identical(cell, tmp_path):
     whole = CellFolder(tmp_path, "whole")
     result = train(cell, whole)
     assert result["status"] == "finished" and result["tokens"] == 40 * 4 * 32
+    step, _ = compiled(Static.of(cell), Plan())
+    programs = step._cache_size()
+    assert programs > 0
     broken = CellFolder(tmp_path, "broken")
-    for step in (1, 7, 20, 21, 33, 40):
+    for last in (1, 7, 20, 21, 33, 40):
         with pytest.raises(Killed):
-            train(cell, broken, Execution(checkpoint_steps=6), kill_after(step))
+            train(cell, broken, Execution(checkpoint_steps=6), kill_after(last))
     train(cell, broken, Execution(checkpoint_steps=6))
     assert files(broken) == files(whole)
+    assert step._cache_size() == programs  # to resume compiles nothing anew
     assert json.loads(broken.timing.read_text())["resumed_from_step"] >= 36
 
 
