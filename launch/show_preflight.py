@@ -128,8 +128,8 @@ def compiled_table(report: Mapping):
         program = row.get("program_flops")
         lines.append(
             [*_name(row), row["target"], row.get("mesh", "-"), row.get("remat", "-"), micro,
-             _gib(row.get("needed_bytes")), _gib(row["device_bytes"]), fits, si(row["flops_per_step"]),
-             si(program and program * row["devices"])]
+             _gib(row.get("needed_bytes")), _gib(row["device_bytes"]), fits, f"{row['flops_per_step']:.3g}",
+             "-" if program is None else f"{program * row['devices']:.3g}"]
         )  # fmt: skip
     if "GPU" in report["target"]:
         columns = [f"~{c}" if c in ("memory GiB", "fits", "FLOPs of the program") else c for c in columns]
@@ -188,7 +188,8 @@ def remarks(report: Mapping) -> list[str]:
     out = [
         report["target"],
         f"The study on these slices: ~{totals['chip_hours']:,.0f} chip-hours{money}; ~{totals['days']:.1f} "
-        "days where the target is kept full." + (f" At {price}." if prices["chip_hour"] else ""),
+        f"days where the target is kept full, ~{totals['longest_days']:.1f} days for the longest cell alone."
+        + (f" At {price}." if prices["chip_hour"] else ""),
         report["certainty"],
     ]
     kernels = sorted({k for row in rows for k in row.get("kernels", ())})

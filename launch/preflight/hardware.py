@@ -57,10 +57,11 @@ _CUBE = (
 # v5p, v6e and tpu7x of docs.cloud.google.com/tpu/docs (2025, 2026): v4 2,400 Gbps one way over 6 links; v5e
 # 400 GB/s both ways over 4; v5p 1,200 over 6; v6e 800 over 4; tpu7x 1,200 over 6. Sides that close to a ring:
 # 16 in the planes of v5e and v6e, multiples of 4 in the tori of the others ("full 3D torus" from 4x4x4 on).
+# Of the 16 GiB of a v5e its compiler lets a program use 15.75.
 # The data centre's network, a chip: a v5e pod of 256 has 6.4 Tbps, v5p 50 Gbps, v6e and tpu7x 100; v4 as v5e.
 GENERATIONS = {
     "v4": Generation("v4", "v4", 32 << 30, 50e9, 3, 4, 4, 3.125e9, 1, 2, _CUBE),
-    "v5e": Generation("v5e", "v5e", 16 << 30, 50e9, 2, 16, 4, 3.125e9, 1, 1, _PLANE),
+    "v5e": Generation("v5e", "v5e", 63 << 28, 50e9, 2, 16, 4, 3.125e9, 1, 1, _PLANE),
     "v5p": Generation("v5p", "v5p", 95 << 30, 100e9, 3, 4, 4, 6.25e9, 1, 2, _CUBE),
     "v6e": Generation("v6e", "v6e", 32 << 30, 100e9, 2, 16, 4, 12.5e9, 1, 1, _PLANE),
     "tpu7x": Generation("tpu7x", "v7x", 192 << 30, 100e9, 3, 4, 4, 12.5e9, 2, 2, _CUBE),

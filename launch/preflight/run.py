@@ -156,8 +156,10 @@ def by_kind(collectives: Sequence[Mapping]) -> dict[str, int]:
 
 
 def study_totals(rows: Sequence[Mapping], target: Target) -> dict:
-    """Of all cells that fit, on the slices found: ``chip_hours, money, days`` (of the target, kept full)."""
+    """Of all cells that fit, on the slices found: ``chip_hours, money, days`` (of the target, kept full) and
+    ``longest_days`` (of the program whose cells take longest, one after another)."""
     done = [r["estimate"] for r in rows if r["estimate"] and not r["whole_target"]]
     hours = math.fsum(e["chip_hours"] for e in done)
     money = None if any(e["money"] is None for e in done) else math.fsum(e["money"] for e in done)
-    return {"chip_hours": hours, "money": money, "days": hours / target.chips / 24}
+    return {"chip_hours": hours, "money": money, "days": hours / target.chips / 24,
+            "longest_days": max((e["days"] for e in done), default=0.0)}  # fmt: skip
