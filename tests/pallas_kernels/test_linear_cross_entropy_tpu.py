@@ -184,7 +184,7 @@ def test_compiles_for_tpu_without_logits_in_memory(generation):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e", "tpu7x"])
 def test_wide_models_with_a_float32_head_fit_the_scoped_memory(generation):
-    """3,072 features: on v5p blocks that were counted to fit took 0.4 MiB too much. A v4 has too little for any."""
+    """3,072 features: on v5p blocks that were counted to fit took 0.4 MiB too much. A v4 has too little."""
     shapes = (
         jax.ShapeDtypeStruct((4096, 3072), jnp.bfloat16),
         jax.ShapeDtypeStruct((3072, 8192), jnp.float32),
