@@ -194,10 +194,13 @@ def remarks(report: Mapping) -> list[str]:
     ]
     kernels = sorted({k for row in rows for k in row.get("kernels", ())})
     out.append("Pallas kernels in the programs: " + (", ".join(kernels) or "none"))
-    tried = [
-        f"{si(r['params'])}, batch {r['batch']}, {t['slice']}: {t['why']}" for r in rows for t in r["tried"]
+    tried: dict[tuple, list[str]] = {}
+    for row in rows:
+        for t in row["tried"]:
+            tried.setdefault((si(row["params"]), t["slice"], t["why"]), []).append(str(row["batch"]))
+    out += [
+        f"Did not fit: {n} on {where}, batch {', '.join(b)}: {why}" for (n, where, why), b in tried.items()
     ]
-    out += ["Did not fit: " + text for text in tried]
     if any(r.get("compiled_parts", 0) < r.get("accumulate", 0) for r in rows):
         out.append(SHARED)
     unknown = sum(len(r.get("unknown_loops", ())) for r in rows)
