@@ -60,8 +60,8 @@ def page(found: dict[str, dict]) -> str:
     lines = [
         f"# Preflight of {CONFIG}",
         "",
-        f"`python benchmarks/preflight_isoflop.py` on a {os.cpu_count()}-core CPU machine that others used too. "
-        "Cold: with an empty cache; cache: the same command again.",
+        f"`python benchmarks/preflight_isoflop.py` on a {os.cpu_count()}-core CPU machine that others used "
+        "too. Cold: with an empty cache; cache: the same command again.",
         "",
         "| target | run | compiled | from cache | wall | peak host memory | load |",
         "|---|---|---:|---:|---:|---:|---|",
