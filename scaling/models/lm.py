@@ -204,7 +204,9 @@ def init_params(model_cfg, seed):
       seed: an integer, which may be traced.
     """
     items = tuple(sorted(dict(model_cfg).items()))
-    return _init(items, seed) if isinstance(seed, jax.core.Tracer) else _init_program()(items, seed)
+    # inside another trace (where even a constant is a tracer) it is a part of that program
+    traced = any(isinstance(x, jax.core.Tracer) for x in (seed, jnp.zeros(())))
+    return jax.jit(_init, static_argnums=0)(items, seed) if traced else _init_program()(items, seed)
 
 
 def _init(cfg_items, seed):

@@ -242,7 +242,8 @@ def test_parameters_are_a_plain_dict_decided_by_the_seed():
         np.testing.assert_array_equal(a, b)
         assert np.array_equal(a, c) == bool(np.all(np.asarray(a) == 1))  # norm scales start at one
     traced = jax.vmap(lambda seed: init_params(cfg, seed))(jnp.array([5, 6]))
-    np.testing.assert_array_equal(traced["head"][1], other["head"])
+    # another program, optimised at another level: the same draws to float32 rounding
+    np.testing.assert_allclose(traced["head"][1], other["head"], rtol=1e-5, atol=1e-7)
 
 
 def test_initial_standard_deviations_follow_the_rule():
