@@ -1,8 +1,9 @@
-"""Options of commands: devices, budgets and their limits, and how to fit."""
+"""Options of commands: devices, preflight, budgets and their limits, and how to fit."""
 
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import click
 
@@ -26,6 +27,35 @@ DEVICE_OPTIONS = (
         metavar="auto|HOST:PORT,COUNT,INDEX",
         help="One process of several: run the same command on every host.",
     ),
+)
+PREFLIGHT_OPTIONS = (
+    click.option(
+        "--target",
+        default="v5e",
+        show_default=True,
+        help="v4, v5e, v5p, v6e, tpu7x (one chip), a slice such as v5e-256, GPUs (h100-8)",
+    ),
+    click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of a config."
+    ),
+    click.option(
+        "--remat",
+        type=click.Choice(["auto", "none", "dots", "full"]),
+        default="auto",
+        show_default=True,
+        help="What the backward pass recomputes; auto: the fastest that fits.",
+    ),
+    click.option("--prices", type=click.Path(path_type=Path), help="Another file like launch/prices.toml."),
+    click.option(
+        "--cache", type=click.Path(path_type=Path), help="Folder (default: ~/.cache/scaling/preflight)."
+    ),
+    click.option("--no-cache", is_flag=True, help="Compile everything, keep nothing."),
+    click.option(
+        "--jobs",
+        type=click.IntRange(min=1),
+        help="Shapes compiled at once (default: CPU cores, at most 4).",
+    ),
+    click.option("--markdown", type=click.Path(path_type=Path), help="Write the tables to this file, too."),
 )
 BUDGET_OPTIONS = (
     click.option("--budget", type=float, help="Training FLOPs to spend, e.g. 1e21."),

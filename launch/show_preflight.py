@@ -21,16 +21,6 @@ from launch.preflight.traffic import KINDS
 from launch.show import duration, si
 
 
-class Clock:
-    """Seconds since it was made."""
-
-    def __init__(self):
-        self.start = time.perf_counter()
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
-
-
 @contextlib.contextmanager
 def progress(console: Console):
     """Yields a function that shows what is being compiled: on one line of a terminal, else a line each."""
@@ -45,9 +35,13 @@ def progress(console: Console):
 
 
 def report(
-    rows: Sequence[dict], target: Target, prices: Prices, note: str | None, cache: Cache, clock: Clock
+    rows: Sequence[dict], target: Target, prices: Prices, note: str | None, cache: Cache, began: float
 ) -> dict:
-    """Everything that is printed, plain JSON: ``rows`` and what they have in common."""
+    """Everything that is printed, plain JSON: ``rows`` and what they have in common.
+
+    Args:
+      began: when the command began, by ``time.perf_counter``.
+    """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "target": str(target),
@@ -60,7 +54,7 @@ def report(
         "versions": versions(),
         "compiled": cache.misses,
         "from_cache": cache.hits,
-        "seconds": clock.seconds(),
+        "seconds": time.perf_counter() - began,
         "peak_rss_bytes": peak,
     }  # fmt: skip
 

@@ -129,11 +129,19 @@ def abstract_step(static: Static, plan: Plan, batch: int, seq: int) -> tuple:
     return jax.tree.map(at, where, state), *placed
 
 
-def step_bytes(program) -> int:
-    """Bytes on one device that a compiled step needs: arguments, results beside them, temporaries, code."""
+def step_parts(program) -> dict[str, int]:
+    """Bytes of a compiled step on one device: arguments (and results beside them), temporary, program."""
     m = program.memory_analysis()
-    results = m.output_size_in_bytes - m.alias_size_in_bytes
-    return m.argument_size_in_bytes + results + m.temp_size_in_bytes + m.generated_code_size_in_bytes
+    return {
+        "arguments": m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes,
+        "temporary": m.temp_size_in_bytes,
+        "program": m.generated_code_size_in_bytes,
+    }
+
+
+def step_bytes(program) -> int:
+    """Bytes on one device that a compiled step needs in all."""
+    return sum(step_parts(program).values())
 
 
 def choose_plan(cell: Mapping, budget: float, mesh=None) -> tuple[Plan, Choice]:

@@ -11,7 +11,7 @@ from scaling import data
 from scaling.config import SCHEMA, validate_cell, validate_section
 from scaling.flops import ledger
 from scaling.grid import plan
-from scaling.program import Static
+from scaling.program import Static, program_key
 from scaling.records import read_manifest
 from scaling.study import load_study
 
@@ -89,8 +89,6 @@ def programs(cells: Iterable[Mapping]) -> list[Program]:
     groups: dict[tuple, list[dict]] = {}
     for cell in cells:
         cell = {**cell, "config": validate_cell(cell["config"])}  # an earlier version's lacks later fields
-        config = cell["config"]
-        shared = Static.of(config), config["train"]["batch"], config["data"]["seq"]
-        groups.setdefault(shared, []).append(cell)
-    found = [Program(*shared, tuple(group)) for shared, group in groups.items()]
+        groups.setdefault(program_key(cell["config"]), []).append(cell)
+    found = [Program(*key, tuple(group)) for key, group in groups.items()]
     return sorted(found, key=lambda p: (p.params, p.batch * p.seq))

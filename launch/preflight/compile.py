@@ -14,7 +14,7 @@ from launch.preflight.hlo import Module, parse
 from launch.preflight.plans import Choice
 from launch.preflight.traffic import Traffic, spans, traffic
 from pallas_kernels import aot, dispatch
-from scaling.memory import abstract_step, step_bytes
+from scaling.memory import abstract_step, step_parts
 from scaling.mesh import make_mesh, row_parts
 from scaling.program import Plan, compiled
 
@@ -97,12 +97,7 @@ def refused(message: str) -> dict:
 
 def read_off(executable, target: Target, mesh, parts: int) -> dict:
     """The numbers of a compiled program, those of its loop over parts apart so that others may share it."""
-    memory, text = executable.memory_analysis(), executable.as_text()
-    sizes = {
-        "arguments": memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "temporary": memory.temp_size_in_bytes,
-        "program": memory.generated_code_size_in_bytes,
-    }
+    sizes, text = step_parts(executable), executable.as_text()
     module = parse(text)
     places = coordinates(mesh, target)
     loop = loop_over_parts(module, parts) if parts >= SHARED_PARTS else None
@@ -111,7 +106,7 @@ def read_off(executable, target: Target, mesh, parts: int) -> dict:
     if loop is not None:
         one_more = _plain(traffic(module, target.devices, {loop: parts + 1}), places)
     return {
-        "bytes": sizes, "needed_bytes": step_bytes(executable), "error": None, "kernels": kernels_in(text),
+        "bytes": sizes, "needed_bytes": sum(sizes.values()), "error": None, "kernels": kernels_in(text),
         **whole, "shares_parts": loop is not None, "loop": one_more,
     }  # fmt: skip
 

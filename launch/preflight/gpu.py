@@ -6,7 +6,7 @@ import time
 
 from launch.preflight.cells import Program
 from launch.preflight.hardware import Target
-from launch.preflight.plans import Choice, choices, estimated_bytes, flops_with_remat
+from launch.preflight.plans import Choice, choices, does_not_divide, estimated_bytes, flops_with_remat
 from pallas_kernels import dispatch
 from scaling.flops import memory_bytes
 from scaling.memory import abstract_step
@@ -19,11 +19,7 @@ def estimate_step(
     """As ``search.best_on``, by estimate: the first choice whose estimated memory fits, lowered for CUDA."""
     found = list(choices(program, target, remat))
     if not found:
-        return (
-            None,
-            None,
-            f"{program.batch} rows do not divide over {target.devices} devices, nor do the heads",
-        )
+        return None, None, does_not_divide(program, target)
     fitting = [c for c in found if estimated_bytes(program, c) <= target.memory]
     choice = fitting[0] if fitting else min(found, key=lambda c: estimated_bytes(program, c))
     numbers = guessed(program, target, choice)

@@ -9,7 +9,7 @@ from launch.preflight.cells import Program
 from launch.preflight.compile import compile_step
 from launch.preflight.gpu import estimate_step
 from launch.preflight.hardware import Target, smaller_slices
-from launch.preflight.plans import Choice, choices, estimated_bytes, state_bytes
+from launch.preflight.plans import Choice, choices, does_not_divide, estimated_bytes, state_bytes
 
 FAR = 1.6
 """A choice whose estimated memory is so many times the device's is not compiled: said so in ``tried``."""
@@ -52,11 +52,7 @@ def best_on(
         return None, None, f"parameters and moments alone are {state / 2**30:.1f} GiB a device"
     left = list(choices(program, target, remat))
     if not left:
-        return (
-            None,
-            None,
-            f"{program.batch} rows do not divide over {target.devices} devices, nor do the heads",
-        )
+        return None, None, does_not_divide(program, target)
     nearest: tuple = (None, None)
     error = 1.0  # how far the estimate was off where the compiler has spoken
     while left:
