@@ -7,6 +7,8 @@ import zlib
 import jax
 import numpy as np
 
+from scaling import hosts
+
 BLOCK = 1 << 20
 """Elements summed at a time: what is held beside the arrays."""
 
@@ -21,7 +23,7 @@ def digest(tree) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = f"{jax.tree_util.keystr(path)}:{leaf.dtype}:{leaf.shape}"
         seed = np.uint64(zlib.crc32(name.encode()))
-        if jax.process_index() == 0:
+        if hosts.is_main():
             total += int(_mix(np.atleast_1d(seed))[0])
         for start, block in _parts(leaf):
             total += _weighted_sum(block, start, leaf.shape, seed)
@@ -65,10 +67,5 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _over_processes(total: int) -> int:
-    if jax.process_count() == 1:
-        return total
-    from jax.experimental import multihost_utils
-
     halves = np.array([total % 2**32, total >> 32], np.uint32)
-    gathered = np.asarray(multihost_utils.process_allgather(halves)).tolist()
-    return sum(low + (high << 32) for low, high in gathered) % 2**64
+    return sum(low + (high << 32) for low, high in hosts.of_all(halves).tolist()) % 2**64

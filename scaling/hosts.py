@@ -75,11 +75,16 @@ def agree(value: Any) -> Any:
 
 def everywhere(value: bool) -> bool:
     """Whether a condition holds in every process."""
+    return bool(np.all(of_all(np.array([value]))))
+
+
+def of_all(values: np.ndarray) -> np.ndarray:
+    """Every process's array, stacked: [processes, ...]."""
     if not several():
-        return value
+        return values[None]
     from jax.experimental import multihost_utils
 
-    return bool(np.all(multihost_utils.process_allgather(np.array([value]))))
+    return np.asarray(multihost_utils.process_allgather(values))
 
 
 def wait_for_all(what: str) -> None:

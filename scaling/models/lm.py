@@ -206,7 +206,7 @@ def init_params(model_cfg, seed):
     items = tuple(sorted(dict(model_cfg).items()))
     # inside another trace (where even a constant is a tracer) it is a part of that program
     traced = any(isinstance(x, jax.core.Tracer) for x in (seed, jnp.zeros(())))
-    return jax.jit(_init, static_argnums=0)(items, seed) if traced else _init_program()(items, seed)
+    return _init_program(alone=not traced)(items, seed)
 
 
 def _init(cfg_items, seed):
@@ -215,8 +215,8 @@ def _init(cfg_items, seed):
 
 
 @functools.cache
-def _init_program():
-    return jax.jit(_init, static_argnums=0, compiler_options=once_options())
+def _init_program(alone: bool):
+    return jax.jit(_init, static_argnums=0, compiler_options=once_options() if alone else None)
 
 
 def once_options() -> dict | None:
