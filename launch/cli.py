@@ -16,7 +16,9 @@ from launch.options import (
     DEVICE_OPTIONS,
     LIMIT_OPTIONS,
     PREFLIGHT_OPTIONS,
+    RUN_OPTIONS,
     SIZE_OPTIONS,
+    as_argument,
     fit_options,
     with_options,
 )
@@ -175,47 +177,9 @@ def tokenize(paths, out, hub, subset, split, limit, field, as_json, **options):
     show_default=True,
     help="CPU only; the last bits of a result depend on it.",
 )
-@click.option("--checkpoint-seconds", type=float, default=60.0, show_default=True)
-@click.option("--checkpoint-steps", type=click.IntRange(min=1), help="Save also every so many steps.")
-@with_options(DEVICE_OPTIONS)
-@click.option(
-    "--wandb",
-    type=click.Choice(["off", "offline", "online"]),
-    default="off",
-    is_flag=False,
-    flag_value="offline",
-    help="Mirror to Weights & Biases; without a value: offline.",
-)
-@click.option(
-    "--pack",
-    type=click.Choice(["auto", "off", "turns", "vmap"]),
-    default="auto",
-    show_default=True,
-    help="Cells of one shape side by side: auto where one leaves the device idle (never on CPU).",
-)
-@click.option(
-    "--watchdog-seconds",
-    type=click.FloatRange(min=0),
-    default=1800.0,
-    show_default=True,
-    help="End a worker whose steps no longer end; 0: never.",
-)
-@click.option("--deterministic", is_flag=True, help="GPU: the same bits each time, for some speed.")
+@with_options(RUN_OPTIONS + DEVICE_OPTIONS)
 @json_option
-def run(
-    study,
-    cells,
-    workers,
-    cores_per_worker,
-    checkpoint_seconds,
-    checkpoint_steps,
-    wandb,
-    pack,
-    watchdog_seconds,
-    deterministic,
-    as_json,
-    **devices,
-):
+def run(study, cells, workers, cores_per_worker, as_json, **options):
     """Train every cell of STUDY that is not finished; run it again after any interruption.
 
     A killed run goes on from its checkpoints to the same numbers. Several `scaling run` on one
@@ -224,10 +188,10 @@ def run(
     from launch import local, show
     from scaling.records import progress, read_manifest
 
+    wandb, pack = options["wandb"], options["pack"]
     if wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise StudyError("--wandb needs the package wandb; install the extra: pip install 'scaling[wandb]'")
-    manifest = read_manifest(study)
-    known = [e["id"] for e in manifest["cells"]]
+    known = [e["id"] for e in read_manifest(study)["cells"]]
     for cell in cells:
         if cell not in known:
             raise StudyError(f"--cell {cell!r} is not a cell of {study}; `scaling status {study}` lists them")
@@ -239,13 +203,9 @@ def run(
         message = f"nothing to do: all {len(cells or known)} cells of {study} have a result"
         emit(as_json, {"outcome": "nothing to do"}, lambda: console.print(message))
         return 0
-    passed = ["--checkpoint-seconds", str(checkpoint_seconds), "--wandb", wandb]
-    passed += [x for k, v in devices.items() if v is not None for x in (f"--{k.replace('_', '-')}", str(v))]
-    passed += ["--deterministic"] if deterministic else []
-    passed += ["--pack", pack, "--watchdog-seconds", str(watchdog_seconds)]
-    passed += ["--checkpoint-steps", str(checkpoint_steps)] if checkpoint_steps else []
+    passed = [x for name, value in options.items() for x in as_argument(name, value)]
     passed += [x for c in cells for x in ("--cell", c)]
-    one_job = devices["mesh"] or devices["distributed"]  # its worker has all devices of this machine
+    one_job = options["mesh"] or options["distributed"]  # its worker has all devices of this machine
     count = workers or (1 if one_job else local.default_workers(len(todo), cores_per_worker))
     with show.progress_bars(console, study, quiet=as_json) as on_poll:
         code = local.run_study(study, count, passed, on_poll, cells, cores_per_worker)

@@ -1,4 +1,4 @@
-"""Options of commands: devices, preflight, budgets and their limits, and how to fit."""
+"""Options of commands: how to run, devices, preflight, budgets and their limits, and how to fit."""
 
 from __future__ import annotations
 
@@ -7,6 +7,33 @@ from pathlib import Path
 
 import click
 
+RUN_OPTIONS = (
+    click.option("--checkpoint-seconds", type=float, default=60.0, show_default=True),
+    click.option("--checkpoint-steps", type=click.IntRange(min=1), help="Save also every so many steps."),
+    click.option(
+        "--wandb",
+        type=click.Choice(["off", "offline", "online"]),
+        default="off",
+        is_flag=False,
+        flag_value="offline",
+        help="Mirror to Weights & Biases; without a value: offline.",
+    ),
+    click.option(
+        "--pack",
+        type=click.Choice(["auto", "off", "turns", "vmap"]),
+        default="auto",
+        show_default=True,
+        help="Cells of one shape side by side: auto where one leaves the device idle (never on CPU).",
+    ),
+    click.option(
+        "--watchdog-seconds",
+        type=click.FloatRange(min=0),
+        default=1800.0,
+        show_default=True,
+        help="End a worker whose steps no longer end; 0: never.",
+    ),
+    click.option("--deterministic", is_flag=True, help="GPU: the same bits each time, for some speed."),
+)
 DEVICE_OPTIONS = (
     click.option(
         "--mesh", metavar="REPLICA,FSDP,TENSOR", help="Devices that each cell is split over, e.g. 1,8,1."
@@ -95,6 +122,14 @@ def with_options(options):
 
 
 LOSSES = ["huber", "lad", "lsq", "quantile", "expectile"]
+
+
+def as_argument(name: str, value) -> list[str]:
+    """An option as another command line takes it; nothing where it is not given."""
+    if value is None or value is False:
+        return []
+    flag = f"--{name.replace('_', '-')}"
+    return [flag] if value is True else [flag, str(value)]
 
 
 def fit_options(command):
