@@ -4,12 +4,14 @@ One side is what a ladder of scripts does: every (N, D) is a run of its own, a c
 fully at its own D, one after another, each in a process that starts, compiles and trains with all CPU
 cores. The other is ``scaling run`` on the same grid with ``grid.trunks``, as it comes: one worker a core,
 packed where the planner packs. Both sides train the same (N, D) on the same data by the same recipe,
-from compilation caches that are empty, in one call of this script.
+from compilation caches that are empty, in one call of this script. Each schedule has its own best learning
+rate (a cosine's is higher: its mean is half its peak), so both get the same bracket of the recipe's rate
+first, at the middle (N, D), and train with the best of it; that is not timed.
 
     python benchmarks/grid_cost.py [--scale 1.0] [--write]
 
 Prints FLOPs, wall time and CPU seconds of both sides and their ratios beside the arithmetic limit;
-the losses at every (N, D) and their differences beside the seed noise (a second seed of the cosine
+the losses at every (N, D) and their differences beside the seed noise (a second seed of both sides'
 cells at the middle D, not timed); the fitted exponents with their intervals.
 """
 
@@ -36,18 +38,24 @@ from scaling.branches import saving  # noqa: E402
 from scaling.records import collect  # noqa: E402
 
 SIZES = [6.5e3, 13e3, 20e3, 40e3, 68e3, 102e3]
-SHORTEST = 65_536
+SHORTEST = 131_072
 LENGTHS, COOLDOWN = 5, 0.2
+MULTIPLES = [0.7, 1, 1.4, 2, 2.8, 4, 5.6]
+"""Of the recipe's learning rate, tried by both sides."""
+SIDES = {"trunks": {"name": "wsd", "decay_fraction": COOLDOWN}, "cosine": {"name": "cosine"}}
 LIMIT = (2 - 2 ** (1 - LENGTHS)) / ((1 - COOLDOWN) + COOLDOWN * (2 - 2 ** (1 - LENGTHS)))
 
 
-def config(name: str, scale: float, seeds: list[int], trunks: bool) -> dict:
-    """The quickstart's study on this grid."""
-    tokens = [scale * SHORTEST * 2**k for k in range(LENGTHS)]
-    schedule = {"name": "wsd", "decay_fraction": COOLDOWN} if trunks else {"name": "cosine"}
-    grid = {"kind": "product", "params": SIZES, "tokens": tokens, "trunks": trunks, "tolerance": 0.03}
-    own = {"name": name, "grid": grid, "schedule": schedule, "seeds": seeds}
-    return {**get_config().to_dict(), **own}
+def config(side: str, grid: dict, seeds: list[int], lr: float) -> dict:
+    """The quickstart's study on another grid, with one side's schedule and ``lr`` times its rate."""
+    study = get_config().to_dict()
+    recipe = {**study["recipe"], "lr": study["recipe"]["lr"] * lr}
+    own = {"name": side, "grid": {"tolerance": 0.03, **grid}, "schedule": SIDES[side], "seeds": seeds}
+    return {**study, **own, "recipe": recipe}
+
+
+def lengths(scale: float) -> list[float]:
+    return [scale * SHORTEST * 2**k for k in range(LENGTHS)]
 
 
 def scaling(*args: str, cache: Path) -> None:
@@ -56,11 +64,24 @@ def scaling(*args: str, cache: Path) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=env, cwd=ROOT)
 
 
-def planned(folder: Path, name: str, scale: float, seeds: list[int], trunks: bool, cache: Path) -> Path:
-    file, study = folder / f"{name}.json", folder / name
-    file.write_text(json.dumps(config(name, scale, seeds, trunks)))
-    scaling("plan", str(file), "--study", str(study), "--no-estimate", cache=cache)
-    return study
+def planned(folder: Path, name: str, study: dict, cache: Path) -> Path:
+    """The study planned in ``folder / name``."""
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps(study))
+    scaling("plan", str(file), "--study", str(folder / name), "--no-estimate", cache=cache)
+    return folder / name
+
+
+def bracket(folder: Path, side: str, scale: float) -> dict[float, float]:
+    """Multiple of the recipe's rate to final loss, cells of their own at the middle (N, D)."""
+    found = {}
+    middle = {"params": SIZES[len(SIZES) // 2], "tokens": lengths(scale)[LENGTHS // 2]}
+    for multiple in MULTIPLES:
+        study = config(side, {"kind": "list", "cells": [middle]}, [0], multiple)
+        cell = planned(folder, f"bracket-{side}-{multiple}", study, folder / "cache-bracket")
+        scaling("run", str(cell), cache=folder / "cache-bracket")
+        found[multiple] = float(collect(cell)["loss"].iloc[0])
+    return found
 
 
 def cost(run) -> dict:
@@ -85,17 +106,26 @@ def one_by_one(study: Path, cache: Path) -> None:
 
 
 def measure(folder: Path, scale: float) -> dict:
-    caches = {side: folder / f"cache-{side}" for side in ("trunks", "cosine")}
-    trunks = planned(folder, "trunks", scale, [0], True, caches["trunks"])
-    cosine = planned(folder, "cosine", scale, [0], False, caches["cosine"])
-    ours = cost(lambda: scaling("run", str(trunks), cache=caches["trunks"]))
-    theirs = cost(lambda: one_by_one(cosine, caches["cosine"]))
-    noise = planned(folder, "noise", scale, [1], False, caches["cosine"])
-    entries = json.loads((noise / "manifest.json").read_text())["cells"]
-    middle = sorted({e["target"]["tokens"] for e in entries})[LENGTHS // 2]
-    cells = [x for e in entries if e["target"]["tokens"] == middle for x in ("--cell", e["id"])]
-    scaling("run", str(noise), *cells, cache=caches["cosine"])
-    return summary(trunks, cosine, noise, ours, theirs)
+    brackets = {side: bracket(folder, side, scale) for side in SIDES}
+    rate = {side: min(found, key=found.get) for side, found in brackets.items()}
+    cache = {side: folder / f"cache-{side}" for side in SIDES}
+    grid = {"kind": "product", "params": SIZES, "tokens": lengths(scale)}
+
+    def study(name, side, **more):
+        made = config(side, {**grid, **more}, [1] if name.startswith("seed") else [0], rate[side])
+        return planned(folder, name, made, cache[side])
+
+    trunks, cosine = study("trunks", "trunks", trunks=True), study("cosine", "cosine")
+    ours = cost(lambda: scaling("run", str(trunks), cache=cache["trunks"]))
+    theirs = cost(lambda: one_by_one(cosine, cache["cosine"]))
+    middle = {"tokens": lengths(scale)[LENGTHS // 2 :][:1]}
+    seeds = {
+        "trunks": study("seed-trunks", "trunks", **middle),
+        "cosine": study("seed-cosine", "cosine", **middle),
+    }
+    for side, other in seeds.items():
+        scaling("run", str(other), cache=cache[side])
+    return {"brackets": brackets, "lr": rate, **summary(trunks, cosine, seeds, ours, theirs)}
 
 
 def losses(study: Path) -> dict:
@@ -108,14 +138,16 @@ def losses(study: Path) -> dict:
     }
 
 
-def summary(trunks: Path, cosine: Path, noise: Path, ours: dict, theirs: dict) -> dict:
+def summary(trunks: Path, cosine: Path, seeds: dict[str, Path], ours: dict, theirs: dict) -> dict:
     entries = json.loads((trunks / "manifest.json").read_text())["cells"]
     flops = saving(entries)
     base = sum(e["achieved"]["flops"] for e in json.loads((cosine / "manifest.json").read_text())["cells"])
-    ours_at, theirs_at, other = losses(trunks), losses(cosine), losses(noise)
+    ours_at, theirs_at = losses(trunks), losses(cosine)
     gap = np.array([np.log(ours_at[k] / theirs_at[k]) for k in theirs_at])
+    again = [np.log(y / at[k]) for side, at in (("trunks", ours_at), ("cosine", theirs_at))
+             for k, y in losses(seeds[side]).items()]  # fmt: skip
     # two seeds of one cell differ by sqrt(2) of one seed's own deviation
-    seed = np.sqrt(np.mean([np.log(other[k] / theirs_at[k]) ** 2 for k in other]) / 2)
+    seed = np.sqrt(np.mean(np.square(again)) / 2)
     laws = {}
     for name, study in (("trunks", trunks), ("cosine", cosine)):
         fit = fits.fit_table(collect(study), "chinchilla", bootstraps=1000)
@@ -155,6 +187,15 @@ def text(got: dict) -> str:
         "",
         f"Loss at the {got['cells']} shared (N, D), log(trunk / cosine): mean {got['gap_mean']:+.2%}, root "
         f"mean square {got['gap_rms']:.2%}; a seed's own standard deviation {got['seed_noise']:.2%}.",
+        "",
+        "Learning rate, times the recipe's, and the loss at the middle (N, D): "
+        + "; ".join(
+            f"{side} "
+            + ", ".join(f"{m:g}: {y:.4f}" for m, y in found.items())
+            + f" (taken: {got['lr'][side]:g})"
+            for side, found in got["brackets"].items()
+        )
+        + ".",
         "",
     ]
     for name, law in laws.items():
