@@ -39,6 +39,10 @@ class Target:
         return {"params": self.params, "tokens": self.tokens, "flops": self.flops, "seed": self.seed}
 
 
+def _hashable(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
 def targets(study: Mapping) -> list[Target]:
     """The wanted cells of a study, in planned order."""
     grid, seeds = study["grid"], study["seeds"]
@@ -49,7 +53,7 @@ def targets(study: Mapping) -> list[Target]:
                 c.get("tokens"),
                 c.get("flops"),
                 c.get("seed", seed),
-                tuple(sorted(c.get("set", {}).items())),
+                tuple(sorted((k, _hashable(v)) for k, v in c.get("set", {}).items())),
             )
             for c in grid["cells"]
             for seed in ([c["seed"]] if "seed" in c else seeds)
@@ -205,9 +209,7 @@ def resolve(
     }
     for name, value in target.overrides:
         section, _, key = name.partition(".")
-        if section not in cell:
-            raise ConfigError(f"grid.cells set has {name!r}; it must look like 'optim.lr'")
-        cell[section][key] = value
+        cell[section][key] = list(value) if isinstance(value, tuple) else value
     return validate_cell(cell)
 
 

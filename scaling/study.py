@@ -238,6 +238,12 @@ def _check_listed(i: int, cell) -> None:
         raise ConfigError(
             f"grid.cells[{i}].set is {cell['set']!r}; it must be a mapping such as {{'optim.lr': 0.01}}"
         )
+    for name in cell.get("set", {}):
+        section, _, key = str(name).partition(".")
+        if key not in SCHEMA.get(section, ()):
+            raise ConfigError(
+                f"grid.cells[{i}].set has {name!r}; it must name a field of the cell, such as 'optim.lr'"
+            )
     for key in ("params", "tokens", "flops"):
         if key in cell:
             _check_numbers(f"grid.cells[{i}].{key}", [cell[key]])

@@ -188,3 +188,10 @@ SNAPSHOT = [
     ("d30b6f04af98ae3a", 5512, 41472, 4),
     ("674ad206f4114940", 13144, 19296, 3),
 ]
+
+
+@pytest.mark.parametrize("name", ["lr", "optim", "optim.rate", "optimizer.lr"])
+def test_a_listed_cell_sets_fields_of_the_cell_alone(config, name):
+    listed = {"kind": "list", "cells": [{"params": 3e3, "tokens": 2e4, "set": {name: {"lr": 0.01}}}]}
+    with pytest.raises(ConfigError, match=rf"grid.cells\[0\].set has '{name}'; it must name a field"):
+        make(config, grid=listed)
