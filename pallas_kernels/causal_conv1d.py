@@ -75,8 +75,8 @@ def causal_conv1d(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _causal_conv1d(x_BTC, w_WC, bias_C, state_BKC, reach_BT, choice, options):
-    functions = {name: functools.partial(i.forward, **dict(options)) for name, i in IMPLEMENTATIONS.items()}
-    return dispatch.run(choice, functions, x_BTC, w_WC, bias_C, state_BKC, reach_BT)
+    (y_BTC,) = _run("forward", FORWARD, choice, options, x_BTC, w_WC, bias_C, state_BKC, reach_BT)
+    return y_BTC
 
 
 def _forward_rule(x_BTC, w_WC, bias_C, state_BKC, reach_BT, choice, options):
@@ -85,9 +85,29 @@ def _forward_rule(x_BTC, w_WC, bias_C, state_BKC, reach_BT, choice, options):
 
 
 def _backward_rule(choice, options, arrays, dy_BTC):
-    functions = {name: functools.partial(i.backward, **dict(options)) for name, i in IMPLEMENTATIONS.items()}
-    gradients = dispatch.run(choice, functions, *arrays, dy_BTC)
+    gradients = _run("backward", BACKWARD, choice, options, *arrays, dy_BTC)
     return *(sharding.placed_like(g, a) for g, a in zip(gradients, arrays, strict=False)), None
+
+
+# channels are split as heads are; reach may be left out
+FORWARD = "b t k, w k, k, b s k, b t -> b t k"
+BACKWARD = "b t k, w k, k, b s k, b t, b t k -> b t k, w k, k, b s k"
+
+
+def _run(which, rule, choice, options, *arrays):
+    """The implementation on each device's rows and channels; gradients of the taps are added up over rows."""
+    functions = {}
+    for name, implementation in IMPLEMENTATIONS.items():
+        function = functools.partial(getattr(implementation, which), **dict(options))
+        function = _as_tuple(function) if which == "forward" else function
+        functions[name] = sharding.per_shard_but_none(
+            function, rule, arrays, whole=("t", "w", "s"), sums=("b",)
+        )
+    return dispatch.run(choice, functions, *(x for x in arrays if x is not None))
+
+
+def _as_tuple(function):
+    return lambda *arrays: (function(*arrays),)
 
 
 _causal_conv1d.defvjp(_forward_rule, _backward_rule)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, sharding
 from pallas_kernels.gpu import linear_scan as gpu
 from pallas_kernels.tpu import linear_scan as tpu
 from pallas_kernels.xla import linear_scan as xla
@@ -81,8 +81,7 @@ def linear_scan(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _linear_scan(a_BTF, b_BTF, h0_BF, resets_BT, choice, options):
-    functions = {name: functools.partial(x.forward, **dict(options)) for name, x in IMPLEMENTATIONS.items()}
-    return dispatch.run(choice, functions, a_BTF, b_BTF, h0_BF, resets_BT)
+    return _run("forward", FORWARD, choice, options, a_BTF, b_BTF, h0_BF, resets_BT)
 
 
 def _forward_rule(a_BTF, b_BTF, h0_BF, resets_BT, choice, options):
@@ -91,8 +90,26 @@ def _forward_rule(a_BTF, b_BTF, h0_BF, resets_BT, choice, options):
 
 
 def _backward_rule(choice, options, residuals, cotangents):
-    functions = {name: functools.partial(x.backward, **dict(options)) for name, x in IMPLEMENTATIONS.items()}
-    return *dispatch.run(choice, functions, *residuals, *cotangents), None
+    gradients = _run("backward", BACKWARD, choice, options, *residuals, *cotangents)
+    primals = residuals[0], residuals[1], residuals[2]  # b has the type of h
+    return *(sharding.placed_like(g, x) for g, x in zip(gradients, primals, strict=True)), None
+
+
+# features are split as heads are; resets may be left out
+FORWARD = "b t k, b t k, b k, b t -> b t k, b k"
+BACKWARD = "b t k, b t k, b k, b t, b t k, b k -> b t k, b t k, b k"
+
+
+def _run(which, rule, choice, options, *arrays):
+    """The implementation on each device's rows and features."""
+    functions = {}
+    for name, implementation in IMPLEMENTATIONS.items():
+        function = functools.partial(getattr(implementation, which), **dict(options))
+        functions[name] = sharding.per_shard_but_none(function, rule, arrays, whole=("t",))
+    if dispatch.interpret_mode() and choice == (("any", "pallas_gpu"),):
+        # the interpreter of GPU kernels has effects in order, which no partitioner takes
+        return getattr(IMPLEMENTATIONS["pallas_gpu"], which)(*arrays, **dict(options))
+    return dispatch.run(choice, functions, *(x for x in arrays if x is not None))
 
 
 _linear_scan.defvjp(_forward_rule, _backward_rule)

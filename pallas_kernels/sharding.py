@@ -116,6 +116,28 @@ def per_shard(
     return call
 
 
+def per_shard_but_none(function: Callable, rule: str, arrays: Sequence, **options) -> Callable:
+    """``per_shard`` of a function some of whose arguments may be None, by a rule that names all of them.
+
+    Args:
+      function: of as many positional arguments as the rule's left side has.
+      arrays: those of the call, for which of them are None.
+      **options: ``per_shard``'s.
+
+    Returns:
+      The function of the arrays that are not None, in order.
+    """
+    left, right = _sides(rule)
+    present = [x is not None for x in arrays]
+
+    def full(*given):
+        given = iter(given)
+        return function(*(next(given) if here else None for here in present))
+
+    left = [axes for axes, here in zip(left, present, strict=True) if here]
+    return per_shard(full, f"{', '.join(left)} -> {', '.join(right)}", **options)
+
+
 def _call(function, rule, ins, outs, whole, sums, sizes, arrays):
     function = dispatch.as_now(function)  # the partitioner may trace it in a thread of its own
     mesh = jax.sharding.get_abstract_mesh()
