@@ -9,15 +9,12 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.cost.ssd import chunk_for
+
 # exp(-100) is 0 beside anything in float32. A log_decay below it, and the reset where a new segment
 # begins, are taken to be this: then sums stay finite and exact enough.
 LOWEST = -100.0
 LONGEST = 512  # tokens a chunk, for ``exact_cumsum`` to be exact
-
-
-def chunk_for(T: int, chunk: int) -> int:
-    """Tokens a chunk: ``chunk``, or a smaller power of two of at least 16 where T is short."""
-    return min(chunk, max(16, 1 << (T - 1).bit_length()))
 
 
 def chunks_for(T: int, chunk: int, span: int) -> tuple[int, int, int, int]:

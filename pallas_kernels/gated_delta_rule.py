@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, sharding
+from pallas_kernels.cost.gated_delta_rule import chunk_for
 from pallas_kernels.tpu import gated_delta_rule as tpu
 from pallas_kernels.xla import gated_delta_rule as xla
 
-CHUNK = 64
 IMPLEMENTATIONS = {
     "xla_chunked": dispatch.Implementation(xla.forward, xla.backward),
     "pallas_tpu": dispatch.Implementation(tpu.forward, tpu.backward, tpu.refuses),
@@ -73,7 +73,7 @@ def gated_delta_rule(
     _check(q, k, v, beta, log_decay, state0, segment_ids, chunk)
     (B, T, N, E), D, dtype = v.shape, q.shape[3], jnp.promote_types(v.dtype, jnp.float32)
     q, k = (jnp.repeat(x, N // x.shape[2], axis=2) if x.shape[2] != N else x for x in (q, k))
-    chunk = min(CHUNK, math.ceil(T / 16) * 16) if chunk is None else chunk
+    chunk = chunk_for(T) if chunk is None else chunk
     choice = dispatch.choose("gated_delta_rule", implementation, IMPLEMENTATIONS, q, k, v, chunk=chunk)
     beta = beta.astype(dtype)
     log_decay = jnp.zeros_like(beta) if log_decay is None else log_decay.astype(dtype)

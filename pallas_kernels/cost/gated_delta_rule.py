@@ -7,6 +7,18 @@
 import math
 
 WORD = 4  # bytes of float32
+CHUNK = 64  # tokens, where the caller does not say
+
+
+def chunk_for(T: int) -> int:
+    """Tokens a chunk where the caller does not say: fewer where T is short."""
+    return min(CHUNK, math.ceil(T / 16) * 16)
+
+
+def xla_chunked(*, T: int, N: int, D: int, E: int) -> tuple[int, int]:
+    """FLOPs of products of one row of T tokens as ``xla_chunked`` computes them, (forward, backward)."""
+    sizes = {"chunk": chunk_for(T), "itemsize": WORD}
+    return forward(1, T, N, D, E, keep=True, **sizes)["flops"], backward(1, T, N, D, E, **sizes)["flops"]
 
 
 def _products(C: int, D: int, E: int) -> dict[str, int]:

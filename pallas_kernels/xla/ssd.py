@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import decay_sums
-
-CHUNK = 64  # of 32, 64, 128 and 256 the quickest gradient on a loaded two-core CPU, T 4096, 8 heads of 64
+from pallas_kernels.cost.ssd import XLA_CHUNK
 
 
 def forward(q_BTKD, k_BTKD, v_BTNE, g, state0_BNDE, *, options, keep):
@@ -110,7 +109,7 @@ def _dot(rule, x, y):
 def _runs(q, k, v, g, options):
     """Arrays as runs of chunks (see ``_split``), and the tokens."""
     T, K = q.shape[1:3]
-    C, _, count, per = decay_sums.chunks_for(T, options.chunk or CHUNK, options.span)
+    C, _, count, per = decay_sums.chunks_for(T, options.chunk or XLA_CHUNK, options.span)
     heads = (None, None, K, K)
     return tuple(_split(x, h, count, per, C) for x, h in zip((q, k, v, g), heads, strict=True)), T
 
