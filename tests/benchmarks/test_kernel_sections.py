@@ -52,6 +52,7 @@ def test_attention_is_measured_over_the_whole_matrix(load, on_cpu):
     assert on_cpu or len(cases) == len(section.PATTERNS) * 6 * 3
 
 
+@pytest.mark.slow
 def test_quick_rows_of_scans_and_attention(load):
     for name, title in (("kernel_scans", "linear_scan"), ("kernel_attention", "attention")):
         (found, rows), *rest = load(name).measure(quick=True).items()

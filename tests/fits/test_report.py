@@ -274,6 +274,7 @@ def test_checklist_says_how(foreign):
     assert stored["objective"] in [value for section, value, _ in page.numbers if section == "checklist"]
 
 
+@pytest.mark.slow
 def test_same_inputs_same_bytes(foreign, tmp_path):
     folder, page, _, answer = foreign
     table = foreign_table()
@@ -311,6 +312,7 @@ def test_not_identified_fit_gives_no_answer(tmp_path):
     assert [p.name for p in (tmp_path / "p").iterdir()] == ["mine.png"]
 
 
+@pytest.mark.slow
 def test_interval_without_width_is_doubted(foreign, tmp_path):
     folder, _, _, answer = foreign
     stuck = answer.to_dict()
@@ -440,6 +442,7 @@ def test_stale_fit_is_said_first(study, tmp_path):
     assert "run table has changed since the fit: fit it again" in page.sections["answer"]
 
 
+@pytest.mark.slow
 def test_unwritable_place_is_one_sentence(foreign, tmp_path):
     folder, _, _, _ = foreign
     (tmp_path / "file").write_text("")

@@ -13,6 +13,7 @@ import fits
 from fits import report_questions as questions
 from fits.report import write_report
 
+pytestmark = pytest.mark.slow
 BUDGET = 1e23
 
 

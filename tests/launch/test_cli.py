@@ -1,5 +1,7 @@
-"""The command line as a person meets it: real processes, exit codes, one clear sentence for bad input."""
+"""The command line as a person meets it: exit codes, one clear sentence for bad input, real processes."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -8,12 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
 import pytest
 from tiny_study import tiny_study
 
+from launch.cli import main
 from scaling.records import collect, read_table
 
 SCALING = [sys.executable, "-m", "launch.cli"]
@@ -35,9 +39,25 @@ def scaling(*args, cwd, check=0, **kwargs):
     return out.stdout + (out.stderr if out.returncode else "")
 
 
+def called(*args, cwd, check=0):
+    """The same in this process, which has everything imported: for tests of many questions."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(cwd),
+        mock.patch.object(sys, "argv", ["scaling", *map(str, args)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as end,
+    ):
+        main()
+    code = end.value.code or 0
+    assert code in (check if isinstance(check, tuple) else (check,)), out.getvalue() + err.getvalue()
+    return out.getvalue() + (err.getvalue() if code else "")
+
+
 def refused(*args, cwd):
-    """Runs a command that must be refused; returns its one sentence."""
-    said = scaling(*args, cwd=cwd, check=2)
+    """Calls a command that must be refused; returns its one sentence."""
+    said = called(*args, cwd=cwd, check=2)
     assert said.startswith("error: ") and len(said.strip().splitlines()) == 1, said
     return said
 
@@ -177,6 +197,7 @@ def test_fit_recovers_a_planted_law(tmp_path):
     assert answer["N"] * answer["D"] * 6 == pytest.approx(1e22, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_questions_of_a_fitted_table(tmp_path):
     """Limits, money, the next run, a comparison and a selection, from the shell."""
     table = write_table(tmp_path / "t.csv")
@@ -187,19 +208,19 @@ def test_questions_of_a_fitted_table(tmp_path):
     better = 1.8 + 480 / (2**0.5 * table.params) ** 0.35 + 2100 / (2**0.5 * table.tokens) ** 0.37
     table.assign(loss=better * noisy / table.loss).to_csv(tmp_path / "b.csv", index=False)
     for name in "ab":
-        scaling("fit", f"{name}.csv", "--bootstraps", 120, cwd=tmp_path)
+        called("fit", f"{name}.csv", "--bootstraps", 120, cwd=tmp_path)
     a, b = "a.chinchilla.fit.json", "b.chinchilla.fit.json"
     limited = ("allocate", a, "--json", "--max-params", "1e8", "--inference-tokens", "1e11")
-    got = json.loads(scaling(*limited, "--budget", "1e22", cwd=tmp_path))
+    got = json.loads(called(*limited, "--budget", "1e22", cwd=tmp_path))
     assert got["N"] == pytest.approx(1e8) and got["limits"] == {"max_params": 1e8, "inference_tokens": 1e11}
     assert 6 * got["N"] * got["D"] + 2 * got["N"] * 1e11 == pytest.approx(1e22, rel=1e-6)
     hours = ("--device-hours", "1000", "--chip", "h100", "--mfu", "0.4")
-    got = json.loads(scaling("allocate", a, *hours, "--json", cwd=tmp_path))
+    got = json.loads(called("allocate", a, *hours, "--json", cwd=tmp_path))
     assert got["budget"] == pytest.approx(1000 * 3600 * 989.4e12 * 0.4)
     assert "in one way" in refused("allocate", a, "--budget", "1e22", *hours, cwd=tmp_path)
     assert "in one way" in refused("allocate", a, cwd=tmp_path)
     served = ("--max-latency", "1e-4", "--inference-chip", "v5e", "--bytes-per-param", "1")
-    got = json.loads(scaling("allocate", a, "--target-loss", "2.7", *served, "--sizes", "2e7,5e7,5e8",
+    got = json.loads(called("allocate", a, "--target-loss", "2.7", *served, "--sizes", "2e7,5e7,5e8",
                              "--json", cwd=tmp_path))  # fmt: skip
     assert got["loss"] == pytest.approx(2.7) and got["target"]["budget"]["estimate"] == got["budget"]
     # 819e9 bytes/s at a byte a parameter, and 197e12 FLOP/s at two
@@ -207,22 +228,22 @@ def test_questions_of_a_fitted_table(tmp_path):
     assert got["buildable"]["N"] == got["sizes"][0]["N"] and got["sizes"][-1]["loss"] is None
     assert "without inference_chip" in refused("allocate", a, "--budget", "1e22", *served[:2], cwd=tmp_path)
     assert "in one way" in refused("allocate", a, "--budget", "1e22", "--target-loss", "2.5", cwd=tmp_path)
-    got = json.loads(scaling("compare", a, b, "--budget", "1e21", "--json", cwd=tmp_path))
+    got = json.loads(called("compare", a, b, "--budget", "1e21", "--json", cwd=tmp_path))
     # the same noise on both sides; what is left is the difference of two noisy fits
     assert got["speedups"][0]["speedup"]["estimate"] == pytest.approx(2.0, rel=0.1)
-    assert "speed-up" in scaling("compare", a, b, cwd=tmp_path)
-    out = scaling("next", a, "--budget", "1e23", "--batch", 2, "--within", 0.1, cwd=tmp_path)
+    assert "speed-up" in called("compare", a, b, cwd=tmp_path)
+    out = called("next", a, "--budget", "1e23", "--batch", 2, "--within", 0.1, cwd=tmp_path)
     assert out.count("95 % half-width") == 2 and out.count(" ± ") >= 4
     picked = json.loads(
-        scaling("select", "a.csv", "--law", "chinchilla", "--law", "power_C", "--json", cwd=tmp_path)
+        called("select", "a.csv", "--law", "chinchilla", "--law", "power_C", "--json", cwd=tmp_path)
     )
     assert picked["recommended"]
     # a table is fitted as the report's own fit was; a fit file is read
-    scaling("report", a, "--against", "b.csv", "--without", "selection", "--out", "r.html", cwd=tmp_path)
+    called("report", a, "--against", "b.csv", "--without", "selection", "--out", "r.html", cwd=tmp_path)
     page = (tmp_path / "r.html").read_text()
     assert "speed-up of b" in page and "No forecasts: It was not asked for." in page
     fitted_first = page.split("speed-up of b")[1].split("</tbody>")[0]
-    scaling("report", a, "--against", b, "--without", "selection", "--out", "r.html", cwd=tmp_path)
+    called("report", a, "--against", b, "--without", "selection", "--out", "r.html", cwd=tmp_path)
     said = (tmp_path / "r.html").read_text().split("speed-up of b.chinchilla.fit")[1].split("</tbody>")[0]
     assert re.findall(r'value="[^"]*"', said) == re.findall(r'value="[^"]*"', fitted_first)
     assert "law is 'none'" in refused("report", a, "--law", "none", cwd=tmp_path)
@@ -251,12 +272,12 @@ def test_bad_tables_end_in_one_sentence(tmp_path):
 def test_doubtful_tables_say_so(tmp_path):
     table = write_table(tmp_path / "t.csv")
     table[table.flops == 1e20].to_csv(tmp_path / "one.csv", index=False)
-    out = scaling("fit", "one.csv", "--bootstraps", 20, cwd=tmp_path, check=1)
+    out = called("fit", "one.csv", "--bootstraps", 20, cwd=tmp_path, check=1)
     assert "not identified" in out
     doubled = pd.concat([table, table.head(4)])
     doubled.loc[doubled.index[7], "loss"] = np.nan
     doubled.to_csv(tmp_path / "dup.csv", index=False)
-    got = json.loads(scaling("fit", "dup.csv", "--bootstraps", 20, "--json", cwd=tmp_path))["fit"]
+    got = json.loads(called("fit", "dup.csv", "--bootstraps", 20, "--json", cwd=tmp_path))["fit"]
     reasons = [r["reason"] for r in got["rows"] if r["outcome"] == "excluded"]
     assert len(reasons) == 5 and any("duplicate" in r or "same" in r for r in reasons), reasons
 
@@ -280,7 +301,7 @@ def test_bad_configs_end_in_one_sentence(corpus, tmp_path):
 
 def test_manifest_of_another_config(corpus, tmp_path):
     (tmp_path / "tiny.json").write_text(json.dumps(tiny(corpus)))
-    scaling("plan", "tiny.json", "--study", "s", "--no-estimate", cwd=tmp_path)
+    called("plan", "tiny.json", "--study", "s", "--no-estimate", cwd=tmp_path)
     (tmp_path / "other.json").write_text(json.dumps(tiny(corpus, name="other")))
     assert "holds study 'tiny'" in refused(
         "plan", "other.json", "--study", "s", "--no-estimate", cwd=tmp_path

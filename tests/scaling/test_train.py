@@ -134,6 +134,7 @@ def test_parts_of_a_batch_sum_to_the_whole(cell, tmp_path):
         train(cell, CellFolder(tmp_path, "none"), Execution(accumulate=0))
 
 
+@pytest.mark.slow
 def test_auto_takes_what_fits_and_says_what_is_missing(cell, tmp_path):
     short = {**cell, "train": {**cell["train"], "steps": 12}}
     whole = train(short, CellFolder(tmp_path, "whole"))
