@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from scaling import layers
 from scaling.formats import FORMATS, SCALINGS
 
 SCHEMA_VERSION = 1
@@ -96,7 +97,7 @@ COMPONENT_INHERITS = ("seq", "seed", "heldout_fraction")
 
 SCHEMA: dict[str, dict[str, Field]] = {
     "model": {
-        "family": _choice("transformer", default="transformer"),
+        "family": _choice(*layers.FAMILIES, default="transformer"),
         "vocab": _positive_int(256),
         "d_model": _positive_int(),
         "layers": _positive_int(),
@@ -118,6 +119,21 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "base_layers": _positive_int(None, optional=True, later=True),
         "base_ffn_dim": _positive_int(None, optional=True, later=True),
         "base_head_dim": _positive_int(None, optional=True, later=True),
+        # of families (docs/families.md)
+        "pattern": Field(
+            list,
+            lambda x: len(x) > 0,
+            "a list of layers such as 'rglru' or 'attention+geglu'",
+            None,
+            optional=True,
+            later=True,
+        ),
+        "post_norm": _flag(False, later=True),
+        "rope_fraction": Field(float, lambda x: 0 <= x <= 1, "a number from 0 to 1", 1.0, later=True),
+        "expand": _positive_int(2, later=True),
+        "state_dim": _positive_int(128, later=True),
+        "conv_width": Field(int, lambda x: 1 < x <= 16, "an integer from 2 to 16", 4, later=True),
+        "key_fraction": Field(float, lambda x: 0 < x <= 1, "a number above 0, at most 1", 0.5, later=True),
     },
     "data": {
         "source": _choice(*FILE_SOURCES, *SYNTHETIC_SOURCES, "mixture", default="stdlib"),
@@ -363,6 +379,7 @@ def check_model(model: Mapping) -> None:
         raise ConfigError(
             f"model.kv_heads is {model['kv_heads']}; it must divide model.heads = {model['heads']}"
         )
+    _check_layers(model)
     name = model.get("parametrization", "standard")
     needed = {"standard": (), "mup": ("base_d_model",), "completep": ("base_d_model", "base_layers")}[name]
     read = needed + (() if name == "standard" else ("base_ffn_dim", "base_head_dim"))
@@ -377,6 +394,38 @@ def check_model(model: Mapping) -> None:
                 f"model.{key} is {model[key]}; model.parametrization = {name!r} does not read it, so that it "
                 "must be None"
             )
+
+
+def _check_layers(model: Mapping) -> None:
+    model = {key: field.default for key, field in SCHEMA["model"].items()} | dict(model)
+    family, pattern = model["family"], model["pattern"]
+    if (family == "hybrid") != (pattern is not None):
+        raise ConfigError(
+            f"model.pattern is {pattern!r} with model.family = {family!r}; 'hybrid' needs a pattern, and "
+            "every other family has its own"
+        )
+    for i, text in enumerate(pattern or ()):
+        try:
+            layers.Layer.parse(text)
+        except (ValueError, AttributeError) as error:
+            said = error if isinstance(error, ValueError) else f"{text!r}; it must be a string"
+            raise ConfigError(f"model.pattern[{i}] is {said}") from error
+    for key, mixers in layers.READ.items():
+        if model[key] != SCHEMA["model"][key].default and not layers.has(model, *mixers):
+            raise ConfigError(
+                f"model.{key} is {model[key]!r} with model.family = {family!r}, which does not read it; it "
+                f"is for {' and '.join(map(repr, mixers))}"
+            )
+    if layers.has(model, "mlstm"):
+        try:
+            layers.key_dim(model)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    if round(model["head_dim"] * model["rope_fraction"]) % 2 and layers.has(model, *layers.ATTENTION):
+        raise ConfigError(
+            f"model.rope_fraction is {model['rope_fraction']!r}; it must leave an even number of the "
+            f"{model['head_dim']} channels of a head to turn (RoPE turns pairs)"
+        )
 
 
 def canonical_json(value: Any) -> str:
@@ -418,6 +467,11 @@ def cell_id(cell: Mapping) -> str:
     # a section of later fields alone, all of them at their defaults, is not there
     text = canonical_json({"version": SCHEMA_VERSION, **{k: v for k, v in hashed.items() if v}})
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def as_static(section: Mapping) -> tuple:
+    """A section as a hashable, to be a static argument of ``jax.jit``; ``dict`` of it is a section again."""
+    return tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in dict(section).items()))
 
 
 def to_plain(config: Any) -> Any:

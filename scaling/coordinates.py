@@ -14,7 +14,6 @@ import numpy as np
 from flax import nnx
 
 from scaling.config import validate_cell
-from scaling.models.attention import rope_table
 from scaling.optim import hyper_parameters
 from scaling.program import Static, compiled, first_state
 
@@ -33,17 +32,14 @@ def activations(apply, params, inputs_BT) -> dict:
       stream, and ``stream``, after each layer, [L, B, T, D]; ``logits`` [B, T, V].
     """
     model = nnx.merge(apply.graphdef, params)
-    graphdef, stacked = nnx.split(model.blocks)
-    rope = rope_table(
-        jnp.broadcast_to(jnp.arange(inputs_BT.shape[1]), inputs_BT.shape), model.head_dim, model.rope_theta
-    )
+    rope = model.rope(None, inputs_BT.shape)
 
-    def layer(x_BTD, arrays):
-        after, mixed, fed = nnx.merge(graphdef, arrays).with_branches(x_BTD, rope, None)
-        return after, (mixed, fed, after)
+    def layer(x_BTD, block):
+        after, mixed, fed = block.with_branches(x_BTD, rope, None)
+        return after, (mixed, jnp.zeros_like(mixed) if fed is None else fed, after)
 
     embedding = model.embed(inputs_BT)
-    _, (mixed, fed, stream) = jax.lax.scan(layer, embedding, stacked)
+    _, (mixed, fed, stream) = model.fold_layers(embedding, layer)
     logits = model(inputs_BT)
     return dict(zip(KINDS, (embedding, mixed, fed, stream, logits), strict=True))
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from scaling.parametrization import update_scales
+from scaling.parametrization import HIDDEN, is_vector, update_scales
 from scaling.schedules import as_compiled, learning_rate
 
 HYPER_PARAMETERS = (
@@ -66,16 +66,22 @@ def hyper_parameter_shapes() -> dict:
 
 
 def decays(path, leaf) -> bool:
-    """Whether weight decay acts on a parameter: on matrices and embeddings, not on norm gains."""
-    return not any("norm" in str(getattr(k, "key", k)) for k in path)
+    """Whether weight decay acts on a parameter: on matrices, taps and embeddings, not on gains and biases."""
+    return not is_vector(_names(path))
 
 
 def is_hidden_matrix(path, leaf) -> bool:
     """Whether Muon acts on a parameter: matrices of the layers, stacked [layers, ..., in, out].
 
-    The token table, the head and vectors are left to AdamW (Jordan et al. 2024; Liu et al. 2025, section 2).
+    The token table, the head, taps and vectors are left to AdamW (Jordan et al. 2024; Liu et al. 2025,
+    section 2).
     """
-    return str(getattr(path[0], "key", path[0])) == "blocks" and leaf.ndim > 2
+    names = _names(path)
+    return names[0] == "blocks" and names[-1] in HIDDEN
+
+
+def _names(path) -> tuple[str, ...]:
+    return tuple(str(getattr(k, "key", k)) for k in path)
 
 
 def make_optimizer(static, hp: Mapping, params, step=None, scales=None) -> optax.GradientTransformation:

@@ -10,13 +10,14 @@ l = layers / base_layers:
 ======================================  =====================  =====================  =======================
 vocabulary matrices, init std           1/sqrt(d_model)        1/sqrt(base_d_model)   1/sqrt(base_d_model)
 hidden matrices, init std               1/sqrt(fan_in)         1/sqrt(fan_in)         1/sqrt(fan_in)
-those that write to the stream, times   1/sqrt(2 layers)       1/sqrt(2 layers)       1/sqrt(2 base_layers)
+those that write to the stream, times   1/sqrt(branches)       1/sqrt(branches)       1/sqrt(base's branches)
 residual branches, multiplier           1                      1                      1/l
 logits, multiplier                      1                      1/m                    1/m
 q k^T, multiplier                       1/sqrt(head_dim)       1/sqrt(head_dim h)     1/sqrt(head_dim h)
 learning rate: hidden, fan-in d_model   1                      1/m                    1/m
 learning rate: feed-forward's output    1                      1/f                    1/f
-learning rate: vocabulary, norm gains   1                      1                      1
+learning rate: heads' own, fan-in heads 1                      1/h                    1/h
+learning rate: vocabulary, vectors      1                      1                      1
 weight decay: hidden (times the rate)   1                      m, f                   m, f
 Adam's eps: outside the blocks          1                      1/m                    1/m
 Adam's eps: inside the blocks           1                      1/m                    1/(m l)
@@ -34,7 +35,8 @@ its input, so a matrix's output moves by lr x fan_in: the rate goes with 1/fan_i
 (fewer key-value heads) does not enter. A token table has one active row, fan-in 1: rate 1; the same table as
 a head sums over d_model entries, and the multiplier 1/m on the logits takes that up, tied or not. Queries and
 keys align in training, so that their product grows like head_dim, with query-key normalisation or without:
-normalised vectors still have size sqrt(head_dim). 2 x layers branches move the stream coherently, each by an
+normalised vectors still have size sqrt(head_dim). The branches, 2 x layers of them where every layer has a
+feed-forward, move the stream coherently, each by an
 amount that does not shrink with depth: 1/l on each keeps the sum.
 """
 
@@ -46,11 +48,35 @@ from collections.abc import Mapping
 
 import jax
 
+from scaling.layers import branches
+
 STANDARD = "standard"
 NAMES = (STANDARD, "mup", "completep")
 
-HIDDEN = {"q", "k", "v", "out", "gate", "up", "down"}
-"""Names of the matrices inside the blocks."""
+HIDDEN = {
+    **dict.fromkeys(("q", "k", "v", "z", "out", "gate", "up"), "width"),
+    **dict.fromkeys(("x", "b", "c", "dt", "beta", "i_gate", "f_gate", "o_gate"), "width"),
+    "down": "ffn",
+    "input_gate": "head",
+    "recurrence_gate": "head",
+}
+"""Names of the matrices inside the blocks, and of the ratio that their fan-in has to the base's."""
+
+VECTORS = {
+    "a_log",
+    "dt_bias",
+    "decay",
+    "skip",
+    "conv_bias",
+    "i_bias",
+    "f_bias",
+    "input_bias",
+    "recurrence_bias",
+}
+"""Names of what multiplies or adds channel by channel, beside the norms' gains."""
+
+TAPS = {"conv"}
+"""Names of depthwise convolutions, whose fan-in is their width, the same for all shapes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +119,9 @@ def vocabulary_gain(model: Mapping) -> float:
     return math.sqrt(Ratios.of(model).width)
 
 
-def residual_depth(model: Mapping) -> int:
-    """The depth that the initial size of the residual-writing matrices goes by."""
-    return model["base_layers"] if name_of(model) == "completep" else model["layers"]
+def residual_branches(model: Mapping) -> int:
+    """The number of branches that the initial size of the residual-writing matrices goes by."""
+    return branches(model, model["base_layers"] if name_of(model) == "completep" else None)
 
 
 def branch_multiplier(model: Mapping) -> float:
@@ -142,14 +168,19 @@ def update_scales(model: Mapping, params) -> dict | None:
     }
 
 
+def is_vector(path: tuple[str, ...]) -> bool:
+    """Whether a parameter (by the names that lead to it) is a norm's gain, a bias or the like."""
+    return path[-1] in VECTORS or "norm" in path[-2 if path[-1] == "scale" else -1]
+
+
 def _scales(path: tuple[str, ...], ratios: Ratios) -> tuple[float, float, float]:
     """Learning rate, eps and weight decay of one parameter, as factors."""
     inside = path[0] == "blocks"
     eps = 1 / (ratios.width * ratios.depth) if inside else 1 / ratios.width
-    if "norm" in path[-2 if path[-1] == "scale" else -1] or path in (("embed", "table"), ("head",)):
+    if is_vector(path) or path in (("embed", "table"), ("head",)) or (inside and path[-1] in TAPS):
         return 1.0, eps, 1.0
     if inside and path[-1] in HIDDEN:
-        fan_in = ratios.ffn if path[-1] == "down" else ratios.width
+        fan_in = getattr(ratios, HIDDEN[path[-1]])
         return 1 / fan_in, eps, fan_in
     raise ValueError(f"no rule of the parametrization covers the parameter {'.'.join(path)}")
 

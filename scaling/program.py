@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import sharding
+from scaling.config import as_static
 from scaling.mesh import ROWS, OnMesh, batch_sharding, state_shardings
 from scaling.models.lm import HERE, Apply, init_params, make_apply, once_options
 from scaling.models.loss import eval_sums
@@ -42,11 +43,11 @@ class Static:
     def of(cls, cell: Mapping) -> Static:
         """The static part of a validated cell config."""
         return cls(
-            model=tuple(sorted(cell["model"].items())),
+            model=as_static(cell["model"]),
             optim=cell["optim"]["name"],
             schedule=as_compiled(cell["schedule"])[0],
             decay=cell["schedule"]["decay"],
-            precision=tuple(sorted(cell["precision"].items())),
+            precision=as_static(cell["precision"]),
             skip_window=cell["train"]["skip_window"] if cell["train"]["skip_spikes"] else None,
         )
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from scaling.config import ConfigError, check_keys
 from scaling.flops import ledger
+from scaling.layers import branches, pattern
 
 MOST_PARAMS = 1e14  # a typing error above this
 
@@ -159,7 +160,7 @@ def shape(recipe: Recipe, model: Mapping, params: float, seq: int) -> dict:
 
     Among all widths (multiples of ``width_multiple`` and of the head size) and depths whose N lies
     within 10 % of the target, the one whose aspect ratio is nearest to ``width_per_layer``; where
-    none lies so near, the nearest N.
+    none lies so near, the nearest N. Never fewer layers than the family's pattern has.
 
     Args:
       recipe: the rules.
@@ -183,25 +184,32 @@ def shape(recipe: Recipe, model: Mapping, params: float, seq: int) -> dict:
     width, widest = step, math.inf
     if ideal > 64 * step:
         width, widest = step * int(ideal / 8 / step), 8 * ideal
+    period = len(pattern(model))
     while width <= widest:
-        one, two = (_params(recipe, model, width, k, seq) for k in (1, 2))
+        one, two = (_params(recipe, model, width, k, seq) for k in (period, 2 * period))
         if best is not None and one > 2 * params:
             break
-        guess = 1 + (params - one) / (two - one)
-        for layers in {max(1, math.floor(guess)), max(1, math.ceil(guess))}:
-            n = one + (layers - 1) * (two - one)
+        guess = period * (1 + (params - one) / (two - one))
+        for layers in {max(period, math.floor(guess)), max(period, math.ceil(guess))}:
+            n = _params(recipe, model, width, layers, seq)
             miss = abs(math.log(n / params))
-            aspect = abs(math.log(width / layers / recipe.width_per_layer))
+            aspect = abs(math.log(width / depth(model, layers) / recipe.width_per_layer))
             key = (0, aspect, miss) if miss <= math.log(1.1) else (1, miss, aspect)
             if best_key is None or key < best_key:
                 best, best_key = (width, layers), key
         width += step
     if best_key[0] == 1 and best_key[1] > math.log(2):
-        smallest = _params(recipe, model, step, 1, seq)
+        smallest = _params(recipe, model, step, period, seq)
+        count = f"{period} layers" if period > 1 else "1 layer"
         raise ConfigError(
-            f"params is {params:g}; this recipe's smallest shape (d_model {step}, 1 layer) has {smallest:,}"
+            f"params is {params:g}; this recipe's smallest shape (d_model {step}, {count}) has {smallest:,}"
         )
     return make_shape(recipe, model, *best)
+
+
+def depth(model: Mapping, layers: int) -> float:
+    """Layers as they count in the aspect ratio: one without a feed-forward is half of one."""
+    return branches(model, layers) / 2
 
 
 def _params(recipe: Recipe, model: Mapping, d_model: int, layers: int, seq: int) -> int:
@@ -267,7 +275,9 @@ class FlopsOfSize:
         self.label = f"{convention} FLOPs of the study's own shapes (seq {seq})"
         step = math.lcm(recipe.width_multiple, model["head_dim"])
         widths = {step * max(1, round(w / step)) for w in np.geomspace(step, 2**17, 96)}
-        depths = {w: max(1, round(w / recipe.width_per_layer)) for w in widths}
+        period = len(pattern(model))
+        per_layer = recipe.width_per_layer * depth(model, period) / period
+        depths = {w: max(period, round(w / per_layer)) for w in widths}
         shapes = [ledger(make_shape(recipe, model, w, depth), seq) for w, depth in depths.items()]
         points = sorted({s.params_total: s.train_flops_per_token(convention) for s in shapes}.items())
         self.log_n, self.log_f = np.log(np.array(points, float)).T

@@ -62,6 +62,18 @@ def load_study(path: Path | str, overrides: list[str] = ()) -> dict:
     Raises:
       ConfigError: no such file, no ``get_config``, an error inside it, or a bad override.
     """
+    config = read_config(path)
+    for item in overrides:
+        _override(config, item)
+    return validate_study(config)
+
+
+def read_config(path: Path | str) -> dict:
+    """What a Python file's ``get_config()`` returns, or a JSON file holds, as plain values; not checked.
+
+    Raises:
+      ConfigError: no such file, no ``get_config``, an error inside it, or no mapping.
+    """
     path = Path(path)
     if not path.exists():
         raise ConfigError(
@@ -76,9 +88,7 @@ def load_study(path: Path | str, overrides: list[str] = ()) -> dict:
         config = _run_config(path)
     if not isinstance(config, Mapping):
         raise ConfigError(f"config {str(path)!r} holds a {type(config).__name__}; it must hold a mapping")
-    for item in overrides:
-        _override(config, item)
-    return validate_study(config)
+    return config
 
 
 def _run_config(path: Path) -> dict:

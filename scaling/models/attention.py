@@ -20,11 +20,22 @@ def rope_table(positions_BT, head_dim: int, theta: float):
 
 
 def rotate(x_BTNH, rope):
-    """Turns the pairs (x[i], x[i + H/2]) by the angles of ``rope_table``, in float32 inside.
+    """Turns the pairs (x[i], x[i + R/2]) by the angles of ``rope_table``, in float32 inside.
 
-    Halves, not neighbours, are paired, as in Llama's and Qwen's published weights.
+    Halves, not neighbours, are paired, as in Llama's and Qwen's published weights. Where the table has
+    R < H channels the rest is left as it is (Black et al. 2022, section 2.1.1).
+
+    Args:
+      x_BTNH: [B, T, N, H].
+      rope: the table; None where positions are not used (Kazemnejad et al. 2023).
     """
+    if rope is None:
+        return x_BTNH
     cos, sin = rope
+    turning = 2 * cos.shape[-1]
+    if turning < x_BTNH.shape[-1]:
+        turned, rest = jnp.split(x_BTNH, [turning], axis=-1)
+        return jnp.concatenate([rotate(turned, rope), rest], axis=-1)
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BTNH.dtype)
@@ -33,14 +44,16 @@ def rotate(x_BTNH, rope):
 class Attention(nnx.Module):
     """Causal attention: N query heads share K key-value heads (Ainslie et al. 2023).
 
+    ``window``: keys that a query sees, itself included; None for all before it.
+
     Query-key normalisation is an RMSNorm over each head's channels, before the rotation, with one
     scale for all heads (Dehghani et al. 2023, in the form of Qwen3). A local window of w tokens
     includes the token itself.
     """
 
-    def __init__(self, cfg, rngs: nnx.Rngs):
+    def __init__(self, cfg, rngs: nnx.Rngs, window: int | None):
         D, N, K, H = cfg["d_model"], cfg["heads"], cfg["kv_heads"], cfg["head_dim"]
-        gain = init.residual_gain(parametrization.residual_depth(cfg))
+        gain = init.residual_gain(parametrization.residual_branches(cfg))
         self.q = init.matrix(rngs, D, N * H, axes=("d_model", "heads"))
         self.k = init.matrix(rngs, D, K * H, axes=("d_model", "kv_heads"))
         self.v = init.matrix(rngs, D, K * H, axes=("d_model", "kv_heads"))
@@ -51,7 +64,7 @@ class Attention(nnx.Module):
         self.qk_norm = cfg["qk_norm"]
         self.head_dim, self.scale = H, parametrization.attention_scale(cfg)
         self.soft_cap = cfg["attention_soft_cap"]
-        self.window = None if cfg["local_window"] is None else (cfg["local_window"] - 1, 0)
+        self.window = None if window is None else (window - 1, 0)
         self.dtype = jnp.dtype(cfg["dtype"])
         self.matmul = cfg.get("matmul", jnp.matmul)
 

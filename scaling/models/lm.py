@@ -11,12 +11,26 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from scaling import parametrization
-from scaling.config import ConfigError
+from scaling import layers, parametrization
+from scaling.config import ConfigError, as_static
 from scaling.models import init
 from scaling.models.attention import Attention, rope_table
+from scaling.models.gated_deltanet import GatedDeltaNet
+from scaling.models.mamba2 import Mamba2
+from scaling.models.mlstm import MLSTM
 from scaling.models.norm import RMSNorm
-from scaling.models.swiglu import SwiGLU
+from scaling.models.rglru import RGLRU
+from scaling.models.swiglu import GeGLU, SwiGLU
+
+MIXERS = {
+    "attention": lambda cfg, rngs: Attention(cfg, rngs, cfg["local_window"]),
+    "full_attention": lambda cfg, rngs: Attention(cfg, rngs, None),
+    "rglru": RGLRU,
+    "mamba2": Mamba2,
+    "gated_deltanet": GatedDeltaNet,
+    "mlstm": MLSTM,
+}
+FEED_FORWARDS = {"swiglu": SwiGLU, "geglu": GeGLU}
 
 REMAT = {
     "none": None,
@@ -46,24 +60,72 @@ HERE = Places()
 
 
 class Block(nnx.Module):
-    """One pre-norm layer: x + c mixer(norm(x)), then x + c feed-forward(norm(x)); usually c = 1."""
+    """One pre-norm layer: x + c mixer(norm(x)), then x + c feed-forward(norm(x)); usually c = 1.
 
-    def __init__(self, cfg, rngs: nnx.Rngs):
-        self.mixer_norm = RMSNorm(cfg["d_model"], cfg["norm_eps"])
-        self.mixer = Attention(cfg, rngs)
-        self.ffn_norm = RMSNorm(cfg["d_model"], cfg["norm_eps"])
-        self.ffn = SwiGLU(cfg, rngs)
+    With ``post_norm`` each branch is normalised once more before it is added, as in Gemma 2. A layer without
+    feed-forward is its mixer alone.
+    """
+
+    def __init__(self, cfg, rngs: nnx.Rngs, kind: layers.Layer):
+        def norm():
+            return RMSNorm(cfg["d_model"], cfg["norm_eps"])
+
+        self.mixer_norm, self.mixer = norm(), MIXERS[kind.mixer](cfg, rngs)
+        self.feeds, self.post_norm = kind.ffn != "none", cfg["post_norm"]
+        if self.feeds:
+            self.ffn_norm, self.ffn = norm(), FEED_FORWARDS[kind.ffn](cfg, rngs)
+        if self.post_norm:
+            self.mixer_post_norm = norm()
+            if self.feeds:
+                self.ffn_post_norm = norm()
         self.multiplier = parametrization.branch_multiplier(cfg)
 
     def __call__(self, x_BTD, rope, segment_ids_BT):
         return self.with_branches(x_BTD, rope, segment_ids_BT)[0]
 
     def with_branches(self, x_BTD, rope, segment_ids_BT):
-        """The stream after the layer, and what mixer and feed-forward added to it, all [B, T, D]."""
-        mixed_BTD = times(self.multiplier, self.mixer(self.mixer_norm(x_BTD), rope, segment_ids_BT))
+        """The stream after the layer, and what mixer and feed-forward (or None) added to it, [B, T, D]."""
+        mixed_BTD = self.mixer(self.mixer_norm(x_BTD), rope, segment_ids_BT)
+        if self.post_norm:
+            mixed_BTD = self.mixer_post_norm(mixed_BTD)
+        mixed_BTD = times(self.multiplier, mixed_BTD)
         x_BTD = x_BTD + mixed_BTD
-        fed_BTD = times(self.multiplier, self.ffn(self.ffn_norm(x_BTD)))
+        if not self.feeds:
+            return x_BTD, mixed_BTD, None
+        fed_BTD = self.ffn(self.ffn_norm(x_BTD))
+        if self.post_norm:
+            fed_BTD = self.ffn_post_norm(fed_BTD)
+        fed_BTD = times(self.multiplier, fed_BTD)
         return x_BTD + fed_BTD, mixed_BTD, fed_BTD
+
+
+class Stack(nnx.Module):
+    """All layers; every array has a leading axis over the layers of its kind.
+
+    A pattern of one layer is one stack of blocks. A longer one has a stack for each of its positions, named
+    by position and mixer, of the layers there from the first on.
+    """
+
+    def __init__(self, cfg, rngs: nnx.Rngs):
+        kinds = layers.pattern(cfg)
+        self.names = tuple(f"{i}_{kind.mixer}" for i, kind in enumerate(kinds))
+        for i, (name, kind) in enumerate(zip(self.names, kinds, strict=True)):
+            count = len(range(i, cfg["layers"], len(kinds)))
+            if count:
+                setattr(self, name, stacked(cfg, rngs, kind, count))
+
+
+def make_blocks(cfg, rngs: nnx.Rngs):
+    """The layers' parameters: ``Block`` stacked, or a ``Stack`` of several kinds."""
+    kinds = layers.pattern(cfg)
+    if len(kinds) > 1:
+        return Stack(cfg, rngs)
+    return stacked(cfg, rngs, kinds[0], cfg["layers"])
+
+
+def stacked(cfg, rngs: nnx.Rngs, kind: layers.Layer, count: int) -> Block:
+    """``count`` layers of a kind, their arrays stacked."""
+    return nnx.vmap(lambda layer_rngs: Block(cfg, layer_rngs, kind))(rngs.split(count))
 
 
 class Embedding(nnx.Module):
@@ -81,18 +143,20 @@ class Embedding(nnx.Module):
 
 
 class LM(nnx.Module):
-    """The language model; every array of ``blocks`` has a leading axis of length ``layers``."""
+    """The language model; the arrays of ``blocks`` have a leading axis over layers (``Stack``)."""
 
     def __init__(self, cfg, rngs: nnx.Rngs, *, unroll: bool = False, remat: str = "none"):
         self.embed = Embedding(cfg, rngs)
-        self.blocks = nnx.vmap(lambda layer_rngs: Block(cfg, layer_rngs))(rngs.split(cfg["layers"]))
+        self.blocks = make_blocks(cfg, rngs)
         self.final_norm = RMSNorm(cfg["d_model"], cfg["norm_eps"])
         if not cfg["tied"]:
             gain = parametrization.vocabulary_gain(cfg)
             self.head = init.matrix(rngs, cfg["d_model"], cfg["vocab"], gain, axes=("d_model", "vocab"))
         self.tied = cfg["tied"]
         self.layers = cfg["layers"]
-        self.head_dim, self.rope_theta = cfg["head_dim"], cfg["rope_theta"]
+        turning = round(cfg["head_dim"] * cfg["rope_fraction"])
+        self.turning = turning if layers.has(cfg, *layers.ATTENTION) else 0  # channels of a head
+        self.rope_theta = cfg["rope_theta"]
         self.soft_cap = cfg["logits_soft_cap"]
         self.multiplier = parametrization.logit_multiplier(cfg)
         self.cross_document = cfg["cross_document"]
@@ -113,29 +177,74 @@ class LM(nnx.Module):
         B, T = inputs_BT.shape
         if self.cross_document:
             segment_ids_BT = positions_BT = None
-        if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-        rope = rope_table(positions_BT, self.head_dim, self.rope_theta)
+        rope = self.rope(positions_BT, (B, T))
         x_BTD = self.places.rows(self.embed(inputs_BT))
         x_BTD = self.run_blocks(x_BTD, rope, segment_ids_BT)
         head_DV = self.embed.table[...].T if self.tied else self.head[...]
         return times(self.multiplier, self.final_norm(x_BTD)), head_DV
 
+    def rope(self, positions_BT, shape):
+        """The rotary table, positions counted along the row where None; None where nothing turns."""
+        if not self.turning:
+            return None
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(shape[1]), shape)
+        return rope_table(positions_BT, self.turning, self.rope_theta)
+
     def run_blocks(self, x_BTD, rope, segment_ids_BT):
-        """All layers, one after the other: one scanned body, or a Python loop when unrolled."""
-        graphdef, stacked = nnx.split(self.blocks)
+        """All layers, one after the other."""
 
-        def layer(x_BTD, arrays):
-            return self.places.rows(nnx.merge(graphdef, arrays)(x_BTD, rope, segment_ids_BT)), None
+        def layer(x_BTD, block):
+            return self.places.rows(block(x_BTD, rope, segment_ids_BT)), None
 
-        if self.remat != "none":
+        return self.fold_layers(x_BTD, layer)[0]
+
+    def fold_layers(self, x, layer):
+        """``x, out = layer(x, block)`` over all layers: a scan over the pattern's repeats, or a Python loop.
+
+        Returns the last x and the outs of all layers, stacked. ``unroll`` and ``remat`` are as for the model.
+        """
+        stacks = self.stacks()
+
+        def call_of(graphdef):
+            def call(x, arrays):
+                return layer(x, nnx.merge(graphdef, arrays))
+
+            if self.remat == "none":
+                return call
             # Inside a scan nothing can merge the recomputed values with the first ones.
-            layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=self.unroll)
-        if not self.unroll:
-            return jax.lax.scan(layer, x_BTD, stacked)[0]
-        for i in range(self.layers):
-            x_BTD, _ = layer(x_BTD, jax.tree.map(lambda a, i=i: a[i], stacked))
-        return x_BTD
+            return jax.checkpoint(call, policy=REMAT[self.remat], prevent_cse=self.unroll)
+
+        calls = [call_of(graphdef) for graphdef, _ in stacks]
+        whole = 0 if self.unroll else self.layers // len(stacks)
+
+        def period(x, arrays):
+            outs = []
+            for call, own in zip(calls, arrays, strict=True):
+                x, out = call(x, own)
+                outs.append(out)
+            return x, outs
+
+        parts = []
+        if whole:
+            # all of an array where no layer is left over
+            repeats = [jax.tree.map(lambda a: a if len(a) == whole else a[:whole], own) for _, own in stacks]
+            x, outs = jax.lax.scan(period, x, repeats)
+            in_order = lambda *a: jnp.stack(a, 1).reshape(-1, *a[0].shape[1:])  # noqa: E731
+            parts.append(jax.tree.map(in_order, *outs))
+        for k in range(whole * len(stacks), self.layers):
+            turn, i = divmod(k, len(stacks))
+            x, out = calls[i](x, jax.tree.map(lambda a, turn=turn: a[turn], stacks[i][1]))
+            parts.append(jax.tree.map(lambda a: a[None], out))
+        return x, jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+
+    def stacks(self):
+        """(graphdef, arrays stacked over layers) of every position of the pattern."""
+        if not isinstance(self.blocks, Stack):
+            return [nnx.split(self.blocks)]
+        return [
+            nnx.split(getattr(self.blocks, name)) for name in self.blocks.names if hasattr(self.blocks, name)
+        ]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -203,7 +312,7 @@ def init_params(model_cfg, seed):
     Args:
       seed: an integer, which may be traced.
     """
-    items = tuple(sorted(dict(model_cfg).items()))
+    items = as_static(model_cfg)
     # inside another trace (where even a constant is a tracer) it is a part of that program
     traced = any(isinstance(x, jax.core.Tracer) for x in (seed, jnp.zeros(())))
     return _init_program(alone=not traced)(items, seed)

@@ -1,4 +1,4 @@
-"""The gated feed-forward network."""
+"""The gated feed-forward networks."""
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,11 @@ from scaling.models import init
 class SwiGLU(nnx.Module):
     """(silu(x W_gate) * x W_up) W_down, without biases (Shazeer 2020, eq. 6)."""
 
+    activation = staticmethod(jax.nn.silu)
+
     def __init__(self, cfg, rngs: nnx.Rngs):
         D, F = cfg["d_model"], cfg["ffn_dim"]
-        gain = init.residual_gain(parametrization.residual_depth(cfg))
+        gain = init.residual_gain(parametrization.residual_branches(cfg))
         self.gate = init.matrix(rngs, D, F, axes=("d_model", "ffn_dim"))
         self.up = init.matrix(rngs, D, F, axes=("d_model", "ffn_dim"))
         self.down = init.matrix(rngs, F, D, gain, axes=("ffn_dim", "d_model"))
@@ -23,5 +25,11 @@ class SwiGLU(nnx.Module):
     def __call__(self, x_BTD):
         """[B, T, D] to [B, T, D], in the compute dtype."""
         gate, up, down = (w[...].astype(self.dtype) for w in (self.gate, self.up, self.down))
-        gated = jax.nn.silu(self.matmul(x_BTD, gate)) * self.matmul(x_BTD, up)
+        gated = self.activation(self.matmul(x_BTD, gate)) * self.matmul(x_BTD, up)
         return self.matmul(gated, down)
+
+
+class GeGLU(SwiGLU):
+    """The same with gelu in silu's place (Shazeer 2020, eq. 6), in its tanh form, as in Gemma and Griffin."""
+
+    activation = staticmethod(jax.nn.gelu)

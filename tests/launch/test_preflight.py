@@ -265,3 +265,38 @@ def test_the_compiler_knows_every_slice_with_as_many_devices(name):
     devices = aot.tpu_topology(target.topology).devices
     assert len(devices) == target.devices
     assert {tuple(d.coords[: len(target.shape)]) for d in devices} == set(np.ndindex(target.shape))
+
+
+CONVOLUTION = {"causal_conv1d", "causal_conv1d_backward"}
+SSD = {"ssd_forward_kernel", "ssd_backward_kernel"}
+FAMILIES = {
+    "griffin": (
+        {"local_window": 128},
+        {"linear_scan", "linear_scan_backward", "attention_forward"} | CONVOLUTION,
+    ),
+    "mamba2": ({}, SSD | CONVOLUTION),
+    "gated_deltanet": ({}, {"gated_delta_rule_forward", "gated_delta_rule_backward"} | CONVOLUTION),
+    "xlstm": ({}, SSD),
+}
+
+
+@pytest.mark.aot
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("family", "mesh"),
+    [("griffin", MeshShape()), *((family, MeshShape(1, 2, 2)) for family in FAMILIES)],
+    ids=["griffin, one chip", *FAMILIES],
+)
+def test_every_family_compiles_for_v5e_with_its_kernels(corpus, family, mesh):
+    """On one chip and on a mesh that splits rows and heads; kernels take their own part alone."""
+    changes, kernels = FAMILIES[family]
+    model = dict(d_model=256, layers=6, heads=2, kv_heads=2, head_dim=128, ffn_dim=512, vocab=512)
+    model |= {"dtype": "bfloat16", "family": family, **changes}
+    program = of(tiny_cell(corpus, model=model, data={"seq": 512}, train={"batch": 8}))
+    target = slice_of("v5e", (2, 2) if mesh.devices == 4 else (1, 1))
+    found = compile_step(program, target, Choice(mesh, "none", 8 // mesh.fsdp, 1), Cache(None))
+    assert found["error"] is None and found["unknown_loops"] == []
+    assert kernels <= set(found["kernels"])
+    flops = program.flops / mesh.devices
+    # the ledger's exact count, against chunks and squares as the kernels compute them
+    assert 0.7 * flops < found["flops"] < 2.0 * flops

@@ -8,8 +8,13 @@ import numpy as np
 import optax
 import pytest
 
+from launch.preflight.hlo import parse
+from launch.preflight.traffic import traffic
+from scaling import layers
 from scaling.config import validate_section
 from scaling.flops import CONVENTIONS, FEED_FORWARDS, MIXERS, ledger, memory_bytes, pairs_per_token
+from scaling.flops.memory import MIXERS as KEPT
+from scaling.models import lm as models
 from scaling.models.lm import abstract_params, build
 from scaling.models.loss import loss_fn
 
@@ -151,7 +156,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize(
-    "family,shape,dtype", [(family, *size) for family in sorted(MIXERS) for size in SIZES[family]]
+    "family,shape,dtype", [(family, *size) for family in sorted(SIZES) for size in SIZES[family]]
 )
 def test_ledger_is_within_two_per_cent_of_the_compiled_program(family, shape, dtype, batch):
     """A whole gradient, unrolled: all that XLA counts is at most 2 % more than the ledger's products."""
@@ -169,6 +174,52 @@ def test_ledger_is_within_two_per_cent_of_the_compiled_program(family, shape, dt
     assert memory.argument_size_in_bytes == arguments
     outputs = 4 + 4 * account.params_total
     assert memory.output_size_in_bytes - outputs in (0, 8 * (1 + len(jax.tree.leaves(params))))
+
+
+FAMILIES = {
+    "griffin": {"local_window": 24, "layers": 4},  # one pattern and a layer more
+    "mamba2": {"state_dim": 24},
+    "gated_deltanet": {"kv_heads": 1},
+    "xlstm": {"head_dim": 32, "heads": 2, "kv_heads": 2},
+    "hybrid": {"pattern": ["mamba2", "full_attention", "mlstm+geglu"], "post_norm": True, "state_dim": 16},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ledger_of_a_family_is_its_parameters_and_every_product_that_xla_compiles(name):
+    """To the last product, loops over chunks counted as often as they run."""
+    cfg = model(family=name, **FAMILIES[name])
+    account, seq = ledger(cfg, 160), 160
+    ints = jax.ShapeDtypeStruct((B, seq), np.int32)
+    batch = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), ints)
+    batch["loss_mask"] = jax.ShapeDtypeStruct((B, seq), np.float32)
+    params, functions = programs(cfg, batch)
+    assert account.params_total == leaves(params)
+    expected = {
+        "forward": account.forward_flops_per_token("full"),
+        "gradient": account.train_flops_per_token("full"),
+    }
+    for program, flops in expected.items():
+        work = traffic(parse(jax.jit(functions[program]).lower(params, batch).compile().as_text()), 1)
+        assert not work.unknown_loops and work.flops == pytest.approx(flops * B * seq, rel=1e-12), program
+
+
+def test_state_and_cache_of_families_by_hand():
+    """D 64, 4 heads of 16: what decoding keeps of one layer, in values of 2 bytes (cache) and 4 (state)."""
+    one = lambda **changes: ledger(model(layers=1, **changes), 48)  # noqa: E731
+    assert one().decode_bytes(100) == 100 * 2 * 64 * 2 and one().state_bytes() == 0
+    assert one(local_window=16).decode_bytes(100) == 16 * 2 * 64 * 2
+    # inner width 128: 8 states of 24 x 16, and 3 inputs of the convolution over 128 + 2 x 24 channels
+    assert one(family="mamba2", state_dim=24).decode_bytes(10**6) == 4 * (8 * 24 * 16 + 3 * (128 + 48))
+    # 8 states of 16 x 16, 3 inputs of 64 + 64 + 128 channels
+    assert one(family="gated_deltanet").state_bytes() == 4 * (8 * 16 * 16 + 3 * 256)
+    # 4 states of 8 x 17 (its normaliser) and the stabiliser
+    assert one(family="xlstm").state_bytes() == 4 * (4 * 8 * 17 + 4)
+    griffin = ledger(model(family="griffin", layers=3, local_window=16), 48)
+    assert griffin.decode_bytes(100) == 2 * 4 * 64 * 4 + 16 * 2 * 64 * 2
+    # the recurrence itself: two products of the state's size a token and head, whatever the length
+    state = next(e for e in one(family="mamba2", state_dim=24).entries if e.name == "Mamba-2 state")
+    assert state.mixing == 2 * 2 * 8 * 24 * 16
 
 
 def test_a_scanned_body_is_counted_once_by_xla(batch):
@@ -256,8 +307,9 @@ def test_groups_sum_to_totals_and_print():
         assert round(account.train_flops_per_token(convention)) in numbers
 
 
-def test_every_family_has_a_mixer_and_a_feed_forward():
-    assert set(MIXERS) == set(FEED_FORWARDS)
+def test_every_kind_of_layer_has_an_entry():
+    assert set(MIXERS) == set(layers.MIXERS) == set(models.MIXERS) == set(KEPT)
+    assert {*FEED_FORWARDS, "none"} == set(layers.FEED_FORWARDS) == {*models.FEED_FORWARDS, "none"}
     with pytest.raises(ValueError, match="model.family is 'perceptron'"):
         ledger({**BASE, "family": "perceptron"}, T)
     with pytest.raises(ValueError, match="seq is 0"):
@@ -271,6 +323,10 @@ MEMORY_CASES = {
     "bfloat16": ({"dtype": "bfloat16", "layers": 4}, 4, 128),
     "large vocabulary": ({"vocab": 4096, "kv_heads": 1, "tied": False}, 4, 128),
     "vocabulary in chunks": ({"vocab": 50304}, 8, 128),
+    "griffin": ({"family": "griffin", "layers": 6, "local_window": 64}, 4, 256),
+    "mamba2": ({"family": "mamba2", "layers": 4, "state_dim": 32, "dtype": "bfloat16"}, 4, 256),
+    "gated_deltanet": ({"family": "gated_deltanet"}, 4, 128),
+    "xlstm": ({"family": "xlstm", "dtype": "bfloat16", "layers": 4}, 4, 256),
 }
 
 

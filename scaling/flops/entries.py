@@ -1,0 +1,169 @@
+"""The ledger's entries: parameters and FLOPs of each mixer and each feed-forward, ``count`` layers of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from pallas_kernels.cost import attention, gated_delta_rule, ssd
+from scaling import layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One group of the ledger, all layers together.
+
+    Attributes:
+      params: parameters.
+      active: those that one token uses; a vocabulary matrix counts whole.
+      matmul: forward FLOPs per token of products with weights.
+      mixing: forward FLOPs per token of products between tokens, over the pairs kept.
+      mixing_full: the same over all pairs, or in chunks as XLA computes them.
+      mixing_full_backward: backward FLOPs per token of those; None: twice ``mixing_full``.
+      cache_values: values kept per token of context when decoding (keys and values).
+      cache_window: tokens of context that are kept at most; None: all.
+      state_values: values kept when decoding, whatever the context.
+      embedding: whether the parameters are vocabulary matrices.
+    """
+
+    name: str
+    params: int
+    active: int
+    matmul: int = 0
+    mixing: float = 0.0
+    mixing_full: float = 0.0
+    mixing_full_backward: float | None = None
+    cache_values: int = 0
+    cache_window: int | None = None
+    state_values: int = 0
+    embedding: bool = False
+
+    @property
+    def backward_full(self) -> float:
+        """Backward FLOPs per token of products between tokens as XLA computes them."""
+        return 2 * self.mixing_full if self.mixing_full_backward is None else self.mixing_full_backward
+
+
+def pairs_per_token(seq: int, window: int | None) -> float:
+    """Mean number of keys that a query attends to, itself included, under the causal mask.
+
+    Args:
+      seq: row length T.
+      window: keys a query sees, itself included; None for all before it.
+    """
+    window_pair = None if window is None else (window - 1, 0)
+    return attention.pairs(seq, seq, is_causal=True, window=window_pair) / seq
+
+
+def attention_entries(model: Mapping, seq: int, count: int, *, full: bool = False) -> list[Entry]:
+    """Grouped-query attention: projections, then scores and values, then the per-head norms."""
+    D, N, K, H = (model[k] for k in ("d_model", "heads", "kv_heads", "head_dim"))
+    window, name = (None, "full attention") if full else (model["local_window"], "attention")
+    weights = count * (D * N * H + 2 * D * K * H + N * H * D)
+    entries = [
+        Entry(f"{name} projections", weights, weights, matmul=2 * weights),
+        Entry(
+            f"{name} scores and values",
+            0,
+            0,
+            mixing=count * 4 * N * H * pairs_per_token(seq, window),
+            mixing_full=count * 4 * N * H * seq,
+            cache_values=count * 2 * K * H,
+            cache_window=window,
+        ),
+    ]
+    if model["qk_norm"]:
+        own = "query and key norms" + (", full attention" if full else "")
+        entries.append(Entry(own, 2 * count * H, 2 * count * H))
+    return entries
+
+
+def rglru_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
+    """Griffin's block: two projections in and one out, a convolution, block-diagonal gates, vectors."""
+    D, N, H, W = (model[k] for k in ("d_model", "heads", "head_dim", "conv_width"))
+    R = N * H
+    return [
+        weights("RG-LRU projections", count * 3 * D * R),
+        weights("RG-LRU gates", count * 2 * N * H * H),
+        vectors("RG-LRU convolution and vectors", count * (W * R + R + 3 * R), count * R * W),
+    ]
+
+
+def mamba2_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
+    """Mamba-2: projections in and out, a convolution, a state [state_dim, head_dim] a head, vectors."""
+    D, H, S, W = (model[k] for k in ("d_model", "head_dim", "state_dim", "conv_width"))
+    N = model["expand"] * model["heads"]
+    R = N * H
+    convolved = R + 2 * S
+    return [
+        weights("Mamba-2 projections", count * D * (3 * R + 2 * S + N)),
+        state("Mamba-2 state", count, N, S, H, ssd.xla_chunked(T=seq, K=1, N=N, D=S, E=H), seq),
+        vectors("Mamba-2 convolution and vectors", count * (convolved * (W + 1) + 3 * N + R),
+                count * convolved * (W - 1)),
+    ]  # fmt: skip
+
+
+def gated_deltanet_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
+    """Gated DeltaNet: projections in and out, a convolution, a state [head_dim, head_dim] a value head."""
+    D, K, H, W = (model[k] for k in ("d_model", "heads", "head_dim", "conv_width"))
+    N = model["expand"] * K
+    convolved = (2 * K + N) * H
+    cost = gated_delta_rule.xla_chunked(T=seq, N=N, D=H, E=H)
+    return [
+        weights("DeltaNet projections", count * D * (2 * K * H + 3 * N * H + 2 * N)),
+        # what the state holds under the key is read before it is written
+        state("DeltaNet state", count, N, H, H, cost, seq, products=3),
+        vectors("DeltaNet convolution and vectors", count * (convolved * W + 2 * N + H),
+                count * convolved * (W - 1)),
+    ]  # fmt: skip
+
+
+def mlstm_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
+    """mLSTM: projections in and out, gates, a state [key, value + 1] a head, its normaliser beside it."""
+    D, N, H, K = model["d_model"], model["heads"], model["head_dim"], layers.key_dim(model)
+    cost = ssd.xla_chunked(T=seq, K=N, N=N, D=K, E=H + 1)
+    return [
+        weights("mLSTM projections", count * D * (2 * N * K + 3 * N * H + 2 * N)),
+        state("mLSTM state", count, N, K, H + 1, cost, seq),
+        vectors("mLSTM biases and norm", count * (2 * N + N * H), count * N),
+    ]
+
+
+def glu_entry(model: Mapping, count: int) -> Entry:
+    """Gate, up and down projections."""
+    return weights("feed-forward", count * 3 * model["d_model"] * model["ffn_dim"])
+
+
+def weights(name: str, params: int) -> Entry:
+    """Matrices that every token is multiplied by."""
+    return Entry(name, params, params, matmul=2 * params)
+
+
+def vectors(name: str, params: int, state_values: int) -> Entry:
+    """What acts channel by channel, and the values of it that decoding keeps (inputs of a convolution)."""
+    return Entry(name, params, params, state_values=state_values)
+
+
+def state(name, count, heads, key, value, chunked, seq, products: int = 2) -> Entry:
+    """States [key, value], one a head: ``products`` of that size a token, or XLA's in chunks."""
+    forward, backward = chunked
+    return Entry(
+        name,
+        0,
+        0,
+        mixing=count * products * 2 * heads * key * value,
+        mixing_full=count * forward / seq,
+        mixing_full_backward=count * backward / seq,
+        state_values=count * heads * key * value,
+    )
+
+
+MIXERS: dict[str, Callable] = {
+    "attention": attention_entries,
+    "full_attention": lambda *args: attention_entries(*args, full=True),
+    "rglru": rglru_entries,
+    "mamba2": mamba2_entries,
+    "gated_deltanet": gated_deltanet_entries,
+    "mlstm": mlstm_entries,
+}
+FEED_FORWARDS: dict[str, Callable] = {"swiglu": glu_entry, "geglu": glu_entry}
