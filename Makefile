@@ -6,7 +6,7 @@ STUDY ?= studies/quickstart
 # one process a core; the tests of a file stay together and share what they compile
 PARALLEL ?= -n auto --dist loadfile
 
-.PHONY: quickstart test test-fast test-oldest aot aot-gpu oracles lint format clean venv
+.PHONY: quickstart families test test-fast test-oldest aot aot-gpu oracles lint format clean venv
 
 venv:
 	@python3 tools/venv.py $(VENV) $(if $(PYTHON_VERSION),--python $(PYTHON_VERSION))
@@ -17,6 +17,9 @@ quickstart: venv  ## plan, train, fit and report a small compute-optimal study (
 	@$(BIN)/scaling fit $(STUDY)
 	@$(BIN)/scaling allocate $(STUDY) --budget 1e13
 	@$(BIN)/scaling report $(STUDY)
+
+families: venv  ## compare seven families of small models on this machine
+	@$(BIN)/scaling families experiments/families.py
 
 # The interpreter of GPU kernels holds a thread of XLA for each warpgroup that waits: two cores give too few.
 test: venv lint  ## lint and every test

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import sys
 from pathlib import Path
@@ -88,6 +90,7 @@ def cli() -> None:
       scaling compare A B                        effective speed-up, and where the frontiers cross
       scaling next studies/quickstart --budget 1e13    which run teaches most per FLOP
       scaling select studies/quickstart          which law forecasts best
+      scaling families experiments/families.py   which architecture, at equal tuning
 
     \b
     The models themselves:
@@ -343,6 +346,34 @@ def fit(table, out, as_json, **options):
     path = fitting.save_fit(result, table, out, options)
     emit(as_json, fitting.as_json(result), lambda: fitting.show(console, result, path))
     return 0 if result.fit.status in ("converged", "boundary") else 1
+
+
+@cli.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder of all its studies (default: studies/NAME)."
+)
+@json_option
+@click.pass_context
+def families(ctx, config, out, as_json):
+    """Compare several families: CONFIG names what they share and what each has of its own.
+
+    Each family is tuned by the same bracket of learning rates, trained on the same grid and fitted; then the
+    compute multiplier of each over the first, by FLOPs, by measured time, and by a chip's compute and memory.
+    Run it again after any interruption. Writes comparison.json, .md and .html.
+    """
+    from launch import families as work
+    from launch import show_families
+
+    def call(name, *args):
+        console.print(f"[dim]scaling {name} {' '.join(args)}[/]", soft_wrap=True)
+        with contextlib.redirect_stdout(io.StringIO()) if as_json else contextlib.nullcontext():
+            ctx.invoke(cli.commands[name], **cli.commands[name].make_context(name, list(args)).params)
+
+    settings, result, folder = work.run(config, out, call)
+    paths = work.save(folder, result, settings)
+    emit(as_json, result, lambda: show_families.show(console, result, paths))
+    return 0
 
 
 @cli.command()

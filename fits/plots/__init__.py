@@ -1,5 +1,6 @@
 """Figures of a study, each a function that returns a matplotlib Figure."""
 
+from fits.plots.families import plot_families
 from fits.plots.frontier import plot_frontier
 from fits.plots.grid import plot_isoflop, plot_loss_curves, plot_surface, rows_of
 from fits.plots.published import PUBLISHED, PublishedLaw
@@ -11,6 +12,7 @@ __all__ = [
     "PUBLISHED",
     "PublishedLaw",
     "plot_comparison",
+    "plot_families",
     "plot_forecasts",
     "plot_frontier",
     "plot_isoflop",

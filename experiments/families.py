@@ -1,0 +1,37 @@
+"""Which architecture? Seven families on the quickstart's grid of small models, at equal tuning budget.
+
+`make families` trains, fits and compares them on a CPU; the real thing is this file with larger budgets.
+Every family has one bracket of learning rates at one (N, D), the same grid of N and budgets, data and recipe.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.quickstart import get_config as quickstart
+
+
+def get_config():
+    study = quickstart()
+    study.grid = dict(
+        kind="isoflop",
+        budgets=[3e10, 9e10, 2.6e11],
+        params=[[9e3, 20e3, 40e3], [9e3, 20e3, 40e3, 68e3], [20e3, 40e3, 68e3, 102e3]],
+        tolerance=0.03,
+    )
+    return ConfigDict(
+        dict(
+            name="families",
+            study=study,
+            tune=dict(params=20e3, tokens=1e6, lr=[0.5, 1.0, 2.0, 4.0]),
+            families=dict(
+                transformer={},
+                local_attention=dict(model=dict(local_window=32)),
+                griffin=dict(model=dict(family="griffin", local_window=32)),
+                mamba2=dict(model=dict(family="mamba2", state_dim=16)),
+                gated_deltanet=dict(model=dict(family="gated_deltanet")),
+                xlstm=dict(model=dict(family="xlstm")),
+                hybrid=dict(
+                    model=dict(family="hybrid", pattern=["gated_deltanet", "attention"]),
+                ),
+            ),
+        )
+    )

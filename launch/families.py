@@ -1,0 +1,218 @@
+"""`scaling families`: several families on one grid at equal tuning budget, compared by what they cost.
+
+Every family goes the same way: the same bracket of learning rates at one (N, D), then the same grid at the
+best of them, then a fit. Each step is one of the other commands, so that a second call does what is missing.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+import fits
+from launch.family_costs import AXES, cost_functions
+from scaling.config import ConfigError, check_keys
+from scaling.files import CellFolder, write_json, write_whole
+from scaling.flops import ledger
+from scaling.recipe import recipe_from_config, round4, shape
+from scaling.records import read_manifest, read_result
+from scaling.sentinels import brackets
+from scaling.study import read_config, validate_study
+
+KEYS = ("name", "study", "families", "tune", "context", "chip")
+
+
+def load(path: Path) -> dict:
+    """A comparison's config, checked: ``study``, which all share, ``families``, each on top, and ``tune``.
+
+    Raises:
+      ConfigError: naming the field, the value and what would be valid.
+    """
+    config = read_config(path)
+    check_keys("the comparison", config, list(KEYS))
+    families = config.get("families")
+    if not isinstance(families, Mapping) or len(families) < 2:
+        raise ConfigError(
+            f"families is {families!r}; it must map two names or more to sections of a study, such as "
+            "{'griffin': {'model': {'family': 'griffin'}}}; the first is the reference"
+        )
+    tune = config.get("tune")
+    check_keys("tune", tune if isinstance(tune, Mapping) else {}, ["params", "tokens", "lr"])
+    if not isinstance(tune, Mapping) or len(tune) < 3:
+        raise ConfigError(f"tune is {tune!r}; it must have params, tokens and lr, a list of multiples")
+    config = {"context": 32_768, "chip": "v5e", **config}
+    for name in families:
+        study_of(config, name)
+        tuning_study(config, name)
+    return config
+
+
+def study_of(config: Mapping, family: str, lr: float = 1.0) -> dict:
+    """The study of one family, its recipe's learning rate times ``lr``."""
+    study = copy.deepcopy(config["study"])
+    for section, fields in config["families"][family].items():
+        study[section] = {**study.get(section, {}), **fields} if isinstance(fields, Mapping) else fields
+    study["name"] = f"{config['name']}-{family}"
+    study["recipe"] = {**study["recipe"], "lr": round4(study["recipe"]["lr"] * lr)}
+    return validate_study(study)
+
+
+def tuning_study(config: Mapping, family: str) -> dict:
+    """One cell and its bracket of learning rates."""
+    tune, study = config["tune"], study_of(config, family)
+    cells = [{"params": tune["params"], "tokens": tune["tokens"]}]
+    multiples = [x for x in tune["lr"] if x != 1]
+    sentinels = {"lr": multiples, "cells": "all"}
+    grid = {"kind": "list", "cells": cells, "sentinels": sentinels, "tolerance": study["grid"]["tolerance"]}
+    return validate_study({**study, "name": study["name"] + "-tune", "grid": grid})
+
+
+def train(config: Mapping, folder: Path, family: str, call) -> dict:
+    """Tunes, trains and fits one family; does nothing where that is done.
+
+    Args:
+      call: runs a command of the command line, given as words.
+
+    Returns:
+      The bracket's row (``scaling.sentinels.brackets``).
+    """
+    tuned = planned(folder / f"{family}-tune", tuning_study(config, family), call)
+    row = bracket(tuned)
+    study = planned(folder / family, study_of(config, family, row["best"]), call)
+    if not (study / "fits" / "chinchilla.json").exists():
+        call("fit", str(study))
+    return row
+
+
+def planned(folder: Path, study: Mapping, call) -> Path:
+    """The study planned and trained in ``folder``."""
+    file = folder.with_suffix(".json")
+    write_json(file, dict(study))
+    call("plan", str(file), "--study", str(folder), "--no-estimate")
+    call("run", str(folder))
+    return folder
+
+
+def bracket(study: Path) -> dict:
+    """What the bracket says: the best multiple by a parabola, the multiples and their losses."""
+
+    def loss_of(cell: str):
+        result = read_result(CellFolder(study, cell))
+        return (result["loss"], result["loss_stderr"]) if result["status"] == "finished" else None
+
+    rows = brackets(read_manifest(study), loss_of)
+    if not rows:
+        raise ConfigError(f"tune.lr: too few cells of {study} finished to choose a learning rate among")
+    return rows[0]
+
+
+def compare(config: Mapping, folder: Path, tuned: Mapping[str, dict]) -> dict:
+    """The comparison of fitted families: accounts, and compute multipliers over the reference by each cost.
+
+    Returns:
+      Plain JSON: ``reference``, ``families`` (name to fit, bracket, account), ``multipliers`` (a list of
+      {axis, family, budgets: [...]} or {axis, family, why_not}).
+    """
+    names = list(config["families"])
+    fitted = {f: fits.read_fit(folder / f / "fits" / "chinchilla.json") for f in names}
+    costs = {f: cost_functions(folder / f, config["chip"]) for f in names}
+    reference = names[0]
+    out = {"reference": reference, "config": config["name"], "chip": config["chip"], "axes": AXES,
+           "families": {}, "multipliers": []}  # fmt: skip
+    for f in names:
+        rows = fitted[f].intervals
+        out["families"][f] = {
+            "status": fitted[f].status,
+            "reasons": fitted[f].reasons,
+            "a": rows.get("a"),
+            "E": rows.get("E"),
+            "tuned": tuned[f],
+            "runs": len(read_manifest(folder / f)["cells"]),
+            **account(folder / f, config),
+        }
+    budgets = grid_budgets(folder / reference)
+    for axis in AXES:
+        for f in names[1:]:
+            row = {"axis": axis, "family": f}
+            try:
+                at = at_optimum(fitted[reference], costs[reference], budgets, axis)
+                got = fits.compare(
+                    fitted[reference], fitted[f], at, flops_a=costs[reference][axis], flops_b=costs[f][axis],
+                    names=(reference, f), search=(min(at), max(at)),
+                )  # fmt: skip
+                row["budgets"] = [
+                    {"budget": c, "flops": b, **judged(s)}
+                    for c, b, s in zip(at, budgets, got.speedups, strict=True)
+                ]
+                row["crossover"] = got.crossover
+                row["flags"] = [x["text"] for x in got.flags]
+            except fits.FitError as error:
+                row["why_not"] = str(error)
+            out["multipliers"].append(row)
+    return out
+
+
+def judged(speedup: Mapping) -> dict:
+    """A speed-up with its interval, and whether it tells the two apart."""
+    got = speedup["speedup"]
+    ends = got["95"]
+    apart = ends is not None and all(isinstance(v, float) for v in ends) and not ends[0] <= 1 <= ends[1]
+    return {"multiplier": got["estimate"], "interval": ends, "apart": apart,
+            "loss_reference": speedup["loss_a"], "loss": speedup["loss_b"]}  # fmt: skip
+
+
+def grid_budgets(study: Path) -> list[float]:
+    """The FLOPs that a comparison is read at: the smallest, middle and largest of the reference's grid."""
+    flops = sorted({e["target"]["flops"] or e["achieved"]["flops"] for e in read_manifest(study)["cells"]})
+    return [float(flops[round(q * (len(flops) - 1))]) for q in (0.0, 0.5, 1.0)]
+
+
+def at_optimum(fit, costs, budgets, axis: str) -> list[float]:
+    """What the reference's compute-optimal runs at ``budgets`` FLOPs cost on an axis."""
+    if axis == "flops":
+        return budgets
+    answers = [fits.allocate(fit, b, flops=costs["flops"]) for b in budgets]
+    return [float(costs[axis](np.array(a.N), np.array(a.D))) for a in answers]
+
+
+def account(study: Path, config: Mapping) -> dict:
+    """What a model of the tuned size is: parameters, FLOPs a token, what decoding keeps."""
+    manifest = read_manifest(study)
+    settings = manifest["config"]
+    seq = manifest["cells"][0]["config"]["data"]["seq"]
+    model = {"vocab": manifest["data"]["vocab"], **settings["model"]}
+    built = shape(recipe_from_config(settings["recipe"]), model, config["tune"]["params"], seq)
+    entries = ledger(built, seq)
+    return {
+        "shape": f"{built['layers']} x {built['d_model']}",
+        "params": entries.params_total,
+        "params_active": entries.params_active,
+        "flops_per_token": entries.train_flops_per_token(),
+        "decode_bytes": entries.decode_bytes(config["context"]),
+        "state_bytes": entries.state_bytes(),
+    }
+
+
+def save(folder: Path, result: Mapping, config: Mapping) -> list[Path]:
+    """Writes comparison.json, .md and .html (one self-contained page); returns their paths."""
+    from launch import show_families
+
+    paths = [folder / f"comparison.{kind}" for kind in ("json", "md", "html")]
+    write_json(paths[0], dict(result))
+    write_whole(paths[1], show_families.as_markdown(result, config))
+    write_whole(paths[2], show_families.as_html(result, config, folder))
+    return paths
+
+
+def run(path: Path, folder: Path | None, call) -> tuple[dict, dict, Path]:
+    """Everything: (config, comparison, folder)."""
+    config = load(path)
+    folder = folder or Path("studies") / config["name"]
+    folder.mkdir(parents=True, exist_ok=True)
+    tuned = {family: train(config, folder, family, call) for family in config["families"]}
+    result = json.loads(json.dumps(compare(config, folder, tuned)))
+    return config, result, folder
