@@ -13,15 +13,16 @@ def get_config():
     study = quickstart()
     study.grid = dict(
         kind="isoflop",
-        budgets=[3e10, 9e10, 2.6e11],
-        params=[[9e3, 20e3, 40e3], [9e3, 20e3, 40e3, 68e3], [20e3, 40e3, 68e3, 102e3]],
+        budgets=[2e10, 5e10, 1.25e11],
+        params=[[9e3, 14e3, 20e3, 40e3], [9e3, 20e3, 40e3, 68e3], [14e3, 20e3, 40e3, 68e3]],
         tolerance=0.03,
     )
     return ConfigDict(
         dict(
             name="families",
             study=study,
-            tune=dict(params=20e3, tokens=1e6, lr=[0.5, 1.0, 2.0, 4.0]),
+            reference="transformer",
+            tune=dict(params=20e3, tokens=4e5, lr=[1.0, 2.0, 4.0, 8.0]),
             families=dict(
                 transformer={},
                 local_attention=dict(model=dict(local_window=32)),

@@ -23,7 +23,7 @@ from scaling.records import read_manifest, read_result
 from scaling.sentinels import brackets
 from scaling.study import read_config, validate_study
 
-KEYS = ("name", "study", "families", "tune", "context", "chip")
+KEYS = ("name", "study", "families", "reference", "tune", "context", "chip")
 
 
 def load(path: Path) -> dict:
@@ -38,7 +38,13 @@ def load(path: Path) -> dict:
     if not isinstance(families, Mapping) or len(families) < 2:
         raise ConfigError(
             f"families is {families!r}; it must map two names or more to sections of a study, such as "
-            "{'griffin': {'model': {'family': 'griffin'}}}; the first is the reference"
+            "{'transformer': {}, 'griffin': {'model': {'family': 'griffin'}}}"
+        )
+    # a ConfigDict keeps no order, so the reference has to be named
+    if config.get("reference") not in families:
+        known = ", ".join(map(repr, families))
+        raise ConfigError(
+            f"reference is {config.get('reference')!r}; it must be one of the families: {known}"
         )
     tune = config.get("tune")
     check_keys("tune", tune if isinstance(tune, Mapping) else {}, ["params", "tokens", "lr"])
@@ -117,10 +123,10 @@ def compare(config: Mapping, folder: Path, tuned: Mapping[str, dict]) -> dict:
       Plain JSON: ``reference``, ``families`` (name to fit, bracket, account), ``multipliers`` (a list of
       {axis, family, budgets: [...]} or {axis, family, why_not}).
     """
-    names = list(config["families"])
+    reference = config["reference"]
+    names = [reference, *(f for f in config["families"] if f != reference)]
     fitted = {f: fits.read_fit(folder / f / "fits" / "chinchilla.json") for f in names}
     costs = {f: cost_functions(folder / f, config["chip"]) for f in names}
-    reference = names[0]
     out = {"reference": reference, "config": config["name"], "chip": config["chip"], "axes": AXES,
            "families": {}, "multipliers": []}  # fmt: skip
     for f in names:
@@ -128,6 +134,7 @@ def compare(config: Mapping, folder: Path, tuned: Mapping[str, dict]) -> dict:
         out["families"][f] = {
             "status": fitted[f].status,
             "reasons": fitted[f].reasons,
+            "flags": [x["text"] for x in fitted[f].flags],
             "a": rows.get("a"),
             "E": rows.get("E"),
             "tuned": tuned[f],
@@ -149,7 +156,9 @@ def compare(config: Mapping, folder: Path, tuned: Mapping[str, dict]) -> dict:
                     for c, b, s in zip(at, budgets, got.speedups, strict=True)
                 ]
                 row["crossover"] = got.crossover
-                row["flags"] = [x["text"] for x in got.flags]
+                # those of one fit stand with the families
+                own = tuple(f"{name}: " for name in (reference, f))
+                row["flags"] = [x["text"] for x in got.flags if not x["text"].startswith(own)]
             except fits.FitError as error:
                 row["why_not"] = str(error)
             out["multipliers"].append(row)

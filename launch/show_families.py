@@ -79,8 +79,9 @@ def warnings(result: Mapping) -> list[str]:
     """What is to be doubted, first."""
     out = []
     for name, own in result["families"].items():
-        if own["status"] not in ("converged",):
+        if own["status"] != "converged":
             out.append(f"{name}: its fit is {own['status']}" + "".join(f"; {r}" for r in own["reasons"]))
+        out += [f"{name}: {text}" for text in own["flags"]]
         if own["tuned"]["edge"] and own["tuned"]["best"] != 1:
             out.append(f"{name}: the best learning rate lies at the end of the bracket; widen tune.lr")
     return out

@@ -18,7 +18,8 @@ def comparison(corpus, **changes) -> dict:
     study["grid"] |= {"tolerance": 0.2}
     families = {"transformer": {}, "recurrent": {"model": {"family": "xlstm"}}}
     tune = {"params": 5e3, "tokens": 6e3, "lr": [0.5, 1.0, 2.0]}
-    return {"name": "both", "study": study, "families": families, "tune": tune, **changes}
+    shared = {"name": "both", "study": study, "families": families, "reference": "transformer", "tune": tune}
+    return {**shared, **changes}
 
 
 @pytest.mark.slow
@@ -59,8 +60,11 @@ def test_bad_comparisons_end_in_one_sentence(corpus, tmp_path):
 
     assert "unknown key 'famlies'; did you mean 'families'" in said(famlies={})
     assert "families is {'transformer': {}}; it must map two names" in said(families={"transformer": {}})
+    assert "reference is 'rnn'; it must be one of the families: 'transformer'" in said(reference="rnn")
     assert "tune is None; it must have params" in said(tune=None)
-    assert "model.family is 'mamba3'" in said(families={"a": {}, "b": {"model": {"family": "mamba3"}}})
+    assert "model.family is 'mamba3'" in said(
+        families={"a": {}, "b": {"model": {"family": "mamba3"}}}, reference="a"
+    )
     assert not (tmp_path / "studies").exists()
 
 
