@@ -359,8 +359,8 @@ def families(ctx, config, out, as_json):
     """Compare several families: CONFIG names what they share and what each has of its own.
 
     Each family is tuned by the same bracket of learning rates, trained on the same grid and fitted; then the
-    compute multiplier of each over the reference, by FLOPs, by measured time, and by a chip's compute and memory.
-    Run it again after any interruption. Writes comparison.json, .md and .html.
+    compute multiplier of each over the reference, by FLOPs, by measured time, and by a chip's compute and
+    memory. Run it again after any interruption. Writes comparison.json, .md and .html.
     """
     from launch import families as work
     from launch import show_families
