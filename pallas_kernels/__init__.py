@@ -13,6 +13,7 @@ _HOMES = {
     "linear_cross_entropy": "linear_cross_entropy",
     "linear_scan": "linear_scan",
     "mlstm": "mlstm",
+    "selective_scan": "selective_scan",
     "ssd": "ssd",
 }
 __all__ = list(_HOMES)
