@@ -69,8 +69,8 @@ def _fraction(default=REQUIRED, **kw) -> Field:
     return Field(float, lambda x: 0 <= x < 1, "a number in [0, 1)", default, **kw)
 
 
-def _nonnegative(default=REQUIRED) -> Field:
-    return Field(float, lambda x: x >= 0, "zero or a positive number", default)
+def _nonnegative(default=REQUIRED, **kw) -> Field:
+    return Field(float, lambda x: x >= 0, "zero or a positive number", default, **kw)
 
 
 def _choice(*names: str, default=REQUIRED, **kw) -> Field:
@@ -81,8 +81,8 @@ def _flag(default: bool, **kw) -> Field:
     return Field(bool, lambda x: True, "True or False", default, **kw)
 
 
-def _count(default=REQUIRED) -> Field:
-    return Field(int, lambda x: 0 <= x < 2**31, "an integer from 0 to 2^31 - 1", default)
+def _count(default=REQUIRED, **kw) -> Field:
+    return Field(int, lambda x: 0 <= x < 2**31, "an integer from 0 to 2^31 - 1", default, **kw)
 
 
 def _without_paths(components: Any) -> Any:
@@ -133,7 +133,16 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "expand": _positive_int(2, later=True),
         "state_dim": _positive_int(128, later=True),
         "conv_width": Field(int, lambda x: 1 < x <= 16, "an integer from 2 to 16", 4, later=True),
+        "channel_state": _positive_int(16, later=True),
         "key_fraction": Field(float, lambda x: 0 < x <= 1, "a number above 0, at most 1", 0.5, later=True),
+        "experts": _positive_int(8, later=True),
+        "active_experts": _positive_int(2, later=True),
+        "shared_experts": _count(0, later=True),
+        "expert_fraction": _positive(1.0, later=True),
+        "capacity_factor": Field(float, lambda x: x >= 1, "a number of at least 1", 1.5, later=True),
+        "router": _choice("chosen", "all", default="chosen", later=True),
+        "balance_loss": _nonnegative(0.01, later=True),
+        "router_z_loss": _nonnegative(0.001, later=True),
     },
     "data": {
         "source": _choice(*FILE_SOURCES, *SYNTHETIC_SOURCES, "mixture", default="stdlib"),
@@ -416,11 +425,22 @@ def _check_layers(model: Mapping) -> None:
                 f"model.{key} is {model[key]!r} with model.family = {family!r}, which does not read it; it "
                 f"is for {' and '.join(map(repr, mixers))}"
             )
-    if layers.has(model, "mlstm"):
-        try:
-            layers.key_dim(model)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+    for name, check in (("mlstm", layers.key_dim), ("moe", layers.expert_dim)):
+        if layers.has(model, name):
+            try:
+                check(model)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+    if model["active_experts"] > model["experts"]:
+        raise ConfigError(
+            f"model.active_experts is {model['active_experts']}; it must be at most experts = "
+            f"{model['experts']}"
+        )
+    if model["kv_heads"] % layers.heads_multiple(model):
+        raise ConfigError(
+            f"model.kv_heads is {model['kv_heads']}; 'differential_attention' pairs them, so that it must "
+            "be even"
+        )
     if round(model["head_dim"] * model["rope_fraction"]) % 2 and layers.has(model, *layers.ATTENTION):
         raise ConfigError(
             f"model.rope_fraction is {model['rope_fraction']!r}; it must leave an even number of the "

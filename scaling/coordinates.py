@@ -34,8 +34,8 @@ def activations(apply, params, inputs_BT) -> dict:
     model = nnx.merge(apply.graphdef, params)
     rope = model.rope(None, inputs_BT.shape)
 
-    def layer(x_BTD, block):
-        after, mixed, fed = block.with_branches(x_BTD, rope, None)
+    def layer(x_BTD, block, depth):
+        after, mixed, fed, _ = block.with_branches(x_BTD, rope, None, depth)
         return after, (mixed, jnp.zeros_like(mixed) if fed is None else fed, after)
 
     embedding = model.embed(inputs_BT)

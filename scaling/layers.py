@@ -6,46 +6,68 @@ Light on purpose (no flax, no jax): the ledger, the recipe and the config read i
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping
 
 MIXERS = {
     "attention": "causal attention, local where model.local_window is given",
     "full_attention": "causal attention over all tokens before, whatever model.local_window is",
+    "differential_attention": "the difference of two softmaxes, windowed as attention is",
     "rglru": "Griffin's recurrent block: convolution and RG-LRU, a gated linear recurrence",
+    "mamba": "Mamba: a selective scan, a small state a channel",
     "mamba2": "Mamba-2: state-space duality, one decay a head",
     "gated_deltanet": "gated delta rule with short convolutions",
+    "longhorn": "Mamba's block around the implicit step of an online regression",
     "mlstm": "xLSTM's matrix memory with exponential gates",
+    "min_gru": "minGRU: a gated recurrence whose gates do not see the state",
+    "qlstm": "the quasi-recurrent LSTM",
 }
 """Mixers of tokens, and what each is."""
 
 FEED_FORWARDS = {
     "swiglu": "gated by silu",
     "geglu": "gated by gelu",
+    "moe": "a mixture of experts, each gated by silu",
     "none": "the layer is its mixer alone",
 }
 """Feed-forwards, and what each is."""
 
 FAMILIES = {
     "transformer": ("attention+swiglu",),
+    "differential": ("differential_attention+swiglu",),
+    "moe": ("attention+moe",),
     "griffin": ("rglru+geglu", "rglru+geglu", "attention+geglu"),
+    "mamba": ("mamba+none",),
     "mamba2": ("mamba2+none",),
     "gated_deltanet": ("gated_deltanet+swiglu",),
+    "longhorn": ("longhorn+none",),
     "xlstm": ("mlstm+swiglu",),
+    "min_gru": ("min_gru+swiglu",),
+    "qlstm": ("qlstm+swiglu",),
     "hybrid": None,
 }
 """``model.family`` to its layers, again and again from the first on; 'hybrid' has those of ``pattern``."""
 
-ATTENTION = ("attention", "full_attention")
+ATTENTION = ("attention", "full_attention", "differential_attention")
+WHOLE = ("mamba", "mamba2", "longhorn")
+"""Mixers that are a layer by themselves: no feed-forward where none is named."""
 
+BY_DEPTH = ("differential_attention",)
+"""Mixers that are told their layer's number."""
+
+SELECTIVE = ("mamba", "longhorn")
 READ = {
-    "expand": ("mamba2", "gated_deltanet"),
+    "expand": ("mamba", "mamba2", "longhorn", "gated_deltanet", "min_gru", "qlstm"),
     "state_dim": ("mamba2",),
-    "conv_width": ("rglru", "mamba2", "gated_deltanet"),
+    "channel_state": SELECTIVE,
+    "conv_width": ("rglru", "mamba", "mamba2", "longhorn", "gated_deltanet", "min_gru", "qlstm"),
     "key_fraction": ("mlstm",),
     "rope_fraction": ATTENTION,
+    **dict.fromkeys(("experts", "active_experts", "shared_experts", "expert_fraction"), ("moe",)),
+    **dict.fromkeys(("capacity_factor", "router", "balance_loss", "router_z_loss"), ("moe",)),
 }
-"""Fields of ``model`` that some mixers alone read."""
+"""Fields of ``model`` that some mixers or feed-forwards alone read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +79,13 @@ class Layer:
 
     @classmethod
     def parse(cls, text: str) -> Layer:
-        """From "mixer+feed-forward"; a mixer alone has 'swiglu', and Mamba-2, which is whole by itself, none.
+        """From "mixer+feed-forward"; a mixer alone has 'swiglu', and those that are ``WHOLE`` none.
 
         Raises:
           ValueError: an unknown name.
         """
         mixer, plus, ffn = text.partition("+")
-        ffn = ffn if plus else "none" if mixer == "mamba2" else "swiglu"
+        ffn = ffn if plus else "none" if mixer in WHOLE else "swiglu"
         if mixer not in MIXERS or ffn not in FEED_FORWARDS:
             raise ValueError(
                 f"{text!r}; it must be one of {', '.join(map(repr, MIXERS))}, and after a plus sign "
@@ -93,9 +115,9 @@ def counts(model: Mapping) -> tuple[Counter, Counter]:
     return Counter(x.mixer for x in found), Counter(x.ffn for x in found)
 
 
-def has(model: Mapping, *mixers: str) -> bool:
-    """Whether any layer of the pattern has one of these mixers."""
-    return any(x.mixer in mixers for x in pattern(model))
+def has(model: Mapping, *names: str) -> bool:
+    """Whether any layer of the pattern has one of these mixers or feed-forwards."""
+    return any(x.mixer in names or x.ffn in names for x in pattern(model))
 
 
 def branches(model: Mapping, depth: int | None = None) -> int:
@@ -117,3 +139,38 @@ def key_dim(model: Mapping) -> int:
             "product must be a whole number of channels"
         )
     return int(channels)
+
+
+def heads_multiple(model: Mapping) -> int:
+    """What heads and key-value heads must be multiples of: 2 where they go in pairs."""
+    return 2 if has(model, "differential_attention") else 1
+
+
+def inner_width(model: Mapping) -> int:
+    """Channels of a recurrence that is ``expand`` times as wide as the stream."""
+    return model["expand"] * model["d_model"]
+
+
+def dt_rank(model: Mapping) -> int:
+    """Rank of the projection to Mamba's step (Gu and Dao 2023, section 3.6)."""
+    return math.ceil(model["d_model"] / 16)
+
+
+def expert_dim(model: Mapping) -> int:
+    """Width of one expert.
+
+    Raises:
+      ValueError: not a whole number of channels.
+    """
+    width = model["ffn_dim"] * model["expert_fraction"]
+    if abs(width - round(width)) > 1e-6 or round(width) < 1:
+        raise ValueError(
+            f"model.expert_fraction is {model['expert_fraction']!r} with ffn_dim {model['ffn_dim']}; their "
+            "product must be a whole number of channels"
+        )
+    return round(width)
+
+
+def capacity(experts: int, active: int, factor: float, seq: int) -> int:
+    """Places of one expert for the tokens of a row; never more than the row has tokens."""
+    return min(seq, math.ceil(factor * active * seq / experts))

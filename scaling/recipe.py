@@ -15,7 +15,7 @@ import numpy as np
 
 from scaling.config import ConfigError, check_keys
 from scaling.flops import ledger
-from scaling.layers import branches, pattern
+from scaling.layers import branches, heads_multiple, pattern
 
 MOST_PARAMS = 1e14  # a typing error above this
 
@@ -143,7 +143,8 @@ def make_shape(recipe: Recipe, model: Mapping, d_model: int, layers: int) -> dic
       layers: number of blocks.
     """
     heads = d_model // model["head_dim"]
-    kv_heads = heads // recipe.kv_group if heads % recipe.kv_group == 0 else heads
+    grouped = heads % (recipe.kv_group * heads_multiple(model)) == 0
+    kv_heads = heads // recipe.kv_group if grouped else heads
     ffn = recipe.ffn_multiple * max(1, round(recipe.ffn_ratio * d_model / recipe.ffn_multiple))
     return {
         **model,
@@ -158,9 +159,10 @@ def make_shape(recipe: Recipe, model: Mapping, d_model: int, layers: int) -> dic
 def shape(recipe: Recipe, model: Mapping, params: float, seq: int) -> dict:
     """The buildable shape nearest to a target N.
 
-    Among all widths (multiples of ``width_multiple`` and of the head size) and depths whose N lies
-    within 10 % of the target, the one whose aspect ratio is nearest to ``width_per_layer``; where
-    none lies so near, the nearest N. Never fewer layers than the family's pattern has.
+    Among all widths (multiples of ``width_multiple`` and of the head size, of two heads where they pair)
+    and depths whose N lies within 10 % of the target, the one whose aspect ratio is nearest to
+    ``width_per_layer``; where none lies so near, the nearest N. Never fewer layers than the family's
+    pattern has.
 
     Args:
       recipe: the rules.
@@ -177,7 +179,7 @@ def shape(recipe: Recipe, model: Mapping, params: float, seq: int) -> dict:
     if not 0 < params < MOST_PARAMS:
         raise ConfigError(f"params is {params!r}; a target N must be positive and below {MOST_PARAMS:g}")
     model = with_base(recipe, model, seq)
-    step = math.lcm(recipe.width_multiple, model["head_dim"])
+    step = math.lcm(recipe.width_multiple, heads_multiple(model) * model["head_dim"])
     best, best_key = None, None
     # N ~ 12 width^3 / aspect: for large N, widths far from that have no aspect ratio worth trying
     ideal = (params * recipe.width_per_layer / 12) ** (1 / 3)
@@ -273,7 +275,7 @@ class FlopsOfSize:
 
     def __init__(self, recipe: Recipe, model: Mapping, seq: int, convention: str = "exact"):
         self.label = f"{convention} FLOPs of the study's own shapes (seq {seq})"
-        step = math.lcm(recipe.width_multiple, model["head_dim"])
+        step = math.lcm(recipe.width_multiple, heads_multiple(model) * model["head_dim"])
         widths = {step * max(1, round(w / step)) for w in np.geomspace(step, 2**17, 96)}
         period = len(pattern(model))
         per_layer = recipe.width_per_layer * depth(model, period) / period

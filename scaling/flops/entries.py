@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 from pallas_kernels.cost import attention, gated_delta_rule, ssd
@@ -18,7 +19,7 @@ class Entry:
       active: those that one token uses; a vocabulary matrix counts whole.
       matmul: forward FLOPs per token of products with weights.
       mixing: forward FLOPs per token of products between tokens, over the pairs kept.
-      mixing_full: the same over all pairs, or in chunks as XLA computes them.
+      mixing_full: the same over all pairs, or in chunks as XLA computes them; of experts, their empty places.
       mixing_full_backward: backward FLOPs per token of those; None: twice ``mixing_full``.
       cache_values: values kept per token of context when decoding (keys and values).
       cache_window: tokens of context that are kept at most; None: all.
@@ -78,6 +79,24 @@ def attention_entries(model: Mapping, seq: int, count: int, *, full: bool = Fals
     return entries
 
 
+def differential_attention_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
+    """Attention whose values are two heads wide; four vectors and a norm over a pair of heads.
+
+    XLA computes the scores once and reads the values in two halves; the gradient of the scores is taken for
+    each half.
+    """
+    H = model["head_dim"]
+    entries = []
+    for entry in attention_entries(model, seq, count):
+        if entry.mixing:
+            scores, full = entry.mixing / 2, entry.mixing_full / 2
+            entry = dataclasses.replace(
+                entry, mixing=3 * scores, mixing_full=3 * full, mixing_full_backward=8 * full
+            )
+        entries.append(dataclasses.replace(entry, name=f"differential {entry.name}"))
+    return [*entries, vectors("differential vectors and norm", count * (4 * H + 2 * H), 0)]
+
+
 def rglru_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
     """Griffin's block: two projections in and one out, a convolution, block-diagonal gates, vectors."""
     D, N, H, W = (model[k] for k in ("d_model", "heads", "head_dim", "conv_width"))
@@ -86,6 +105,29 @@ def rglru_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
         weights("RG-LRU projections", count * 3 * D * R),
         weights("RG-LRU gates", count * 2 * N * H * H),
         vectors("RG-LRU convolution and vectors", count * (W * R + R + 3 * R), count * R * W),
+    ]
+
+
+def selective_entries(model: Mapping, seq: int, count: int, *, rates: bool, name: str) -> list[Entry]:
+    """Mamba (with ``rates``) and Longhorn: projections, a step of low rank, a state a channel, vectors."""
+    D, R, S, W = model["d_model"], layers.inner_width(model), model["channel_state"], model["conv_width"]
+    rank = layers.dt_rank(model)
+    own = R * (S + 2) if rates else 2 * R  # decay rates, bias of the step, skip
+    return [
+        weights(f"{name} projections", count * (3 * D * R + R * (2 * S + rank) + rank * R)),
+        # a decay for each entry of the state: sums and products that no matrix product holds
+        Entry(f"{name} state", 0, 0, mixing=count * 4 * R * S, state_values=count * R * S),
+        vectors(f"{name} convolution and vectors", count * (R * (W + 1) + own), count * R * (W - 1)),
+    ]
+
+
+def gated_vector_entries(model: Mapping, seq: int, count: int, *, gates: int, name: str) -> list[Entry]:
+    """minGRU and the quasi-recurrent LSTM: a convolution, a candidate, ``gates`` gates, a projection out."""
+    D, R, W = model["d_model"], layers.inner_width(model), model["conv_width"]
+    biases = {1: 1, 3: 2}[gates] * R
+    return [
+        weights(f"{name} projections", count * (2 + gates) * D * R),
+        vectors(f"{name} convolution and vectors", count * (D * (W + 1) + biases), count * (R + D * (W - 1))),
     ]
 
 
@@ -129,9 +171,23 @@ def mlstm_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
     ]
 
 
-def glu_entry(model: Mapping, count: int) -> Entry:
+def glu_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
     """Gate, up and down projections."""
-    return weights("feed-forward", count * 3 * model["d_model"] * model["ffn_dim"])
+    return [weights("feed-forward", count * 3 * model["d_model"] * model["ffn_dim"])]
+
+
+def moe_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
+    """A router, experts of which a token takes some, shared ones; "full" has every place of every expert."""
+    D, E, k, shared = (model[name] for name in ("d_model", "experts", "active_experts", "shared_experts"))
+    expert = count * 3 * D * layers.expert_dim(model)
+    places = E * layers.capacity(E, k, model["capacity_factor"], seq) / seq
+    entries = [
+        weights("router", count * D * E),
+        Entry(
+            "experts", E * expert, k * expert, matmul=2 * k * expert, mixing_full=2 * (places - k) * expert
+        ),
+    ]
+    return [*entries, weights("shared experts", shared * expert)] if shared else entries
 
 
 def weights(name: str, params: int) -> Entry:
@@ -161,9 +217,14 @@ def state(name, count, heads, key, value, chunked, seq, products: int = 2) -> En
 MIXERS: dict[str, Callable] = {
     "attention": attention_entries,
     "full_attention": lambda *args: attention_entries(*args, full=True),
+    "differential_attention": differential_attention_entries,
     "rglru": rglru_entries,
+    "mamba": functools.partial(selective_entries, rates=True, name="Mamba"),
     "mamba2": mamba2_entries,
     "gated_deltanet": gated_deltanet_entries,
+    "longhorn": functools.partial(selective_entries, rates=False, name="Longhorn"),
     "mlstm": mlstm_entries,
+    "min_gru": functools.partial(gated_vector_entries, gates=1, name="minGRU"),
+    "qlstm": functools.partial(gated_vector_entries, gates=3, name="quasi-LSTM"),
 }
-FEED_FORWARDS: dict[str, Callable] = {"swiglu": glu_entry, "geglu": glu_entry}
+FEED_FORWARDS: dict[str, Callable] = {"swiglu": glu_entries, "geglu": glu_entries, "moe": moe_entries}

@@ -18,7 +18,9 @@ Conventions, FLOPs per training token:
                    computes, to the last product, and PaLM's count (Chowdhery et al. 2022, appendix
                    B). Hoffmann et al. 2022, appendix F, also use the square, and add the softmax
                    and the embedding taken as a product. Of a recurrence the products of its chunks
-                   as XLA computes them, those that the backward pass computes again included.
+                   as XLA computes them, those that the backward pass computes again included; a
+                   state with a decay for every entry (Mamba) has none. Of experts, every place that
+                   a row keeps for them.
   6N_total         6 N, every parameter counted (of experts, those that a token uses).
   6N_nonembedding  6 N without the token table and the head's matrix.
   kaplan           3 (2 N_nonembedding + 2 layers T d_attn), of layers with attention: Kaplan et al.
@@ -39,7 +41,8 @@ CONVENTIONS = ("exact", "full", "6N_total", "6N_nonembedding", "kaplan")
 
 DEFAULTS = {
     "family": "transformer", "qk_norm": True, "tied": True, "local_window": None, "post_norm": False,
-    "expand": 2, "state_dim": 128, "conv_width": 4, "key_fraction": 0.5,
+    "expand": 2, "state_dim": 128, "conv_width": 4, "key_fraction": 0.5, "channel_state": 16,
+    "experts": 8, "active_experts": 2, "shared_experts": 0, "expert_fraction": 1.0, "capacity_factor": 1.5,
 }  # fmt: skip
 """Of the fields of ``model`` that the ledger reads and that may be left out."""
 
@@ -179,7 +182,12 @@ def ledger(model: Mapping, seq: int) -> Ledger:
     entries = (
         Entry("token embedding", V * D, V * D, embedding=True),
         *(entry for mixer, count in mixers.items() for entry in MIXERS[mixer](model, seq, count)),
-        *(FEED_FORWARDS[ffn](model, count) for ffn, count in feeds.items() if ffn != "none"),
+        *(
+            entry
+            for ffn, count in feeds.items()
+            if ffn != "none"
+            for entry in FEED_FORWARDS[ffn](model, seq, count)
+        ),
         Entry("block and final norms", norms, norms),
         Entry("head", head, head, matmul=2 * V * D, embedding=True),
     )

@@ -10,6 +10,8 @@ from pallas_kernels.cost import linear_cross_entropy as cross_entropy
 from scaling import layers
 from scaling.flops.ledger import ledger
 
+CHUNK = 64  # of ``pallas_kernels.selective_scan``, whose file needs JAX
+
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
@@ -81,13 +83,48 @@ def mlstm_kept(model: Mapping, seq: int, width: int) -> Kept:
     return Kept(whole, width * (D + 2 * q + 2 * v), _state(K, v, seq) + 12 * N * chunk * chunk / seq)
 
 
-def glu_kept(model: Mapping, width: int) -> Kept:
+def differential_kept(model: Mapping, seq: int, width: int) -> Kept:
+    """Attention twice over, and the difference of both in float32 through its norm."""
+    one, q = attention_kept(model, seq, width), model["heads"] * model["head_dim"]
+    scores = model["heads"] * seq if seq * seq <= attention.FULL_LOGITS_ON_CPU else 0
+    return Kept(one.whole + 40 * q + (10 if width == 4 else 5) * scores, one.products, one.more)
+
+
+def selective_kept(model: Mapping, seq: int, width: int) -> Kept:
+    """Projections, the convolution, the step in float32, output and gate; the states of chunks."""
+    D, R, S = model["d_model"], layers.inner_width(model), model["channel_state"]
+    whole = (8 + width) * D + (16 + 8 * width) * R + 3 * width * S + _state(S, R, CHUNK)
+    return Kept(whole, width * (D + 3 * R + 2 * S), 11 * _state(S, R, seq / CHUNK))
+
+
+def gated_vector_kept(gates: int):
+    """Of minGRU and the quasi-recurrent LSTM: the convolution, gates and candidate in float32, the state."""
+
+    def kept(model: Mapping, seq: int, width: int) -> Kept:
+        D, R = model["d_model"], layers.inner_width(model)
+        whole = (8 + 2 * width) * D + (20 + 8 * gates + width) * R
+        return Kept(whole, width * (2 * D + (1 + gates) * R))
+
+    return kept
+
+
+def moe_kept(model: Mapping, seq: int, width: int) -> Kept:
+    """Its input through the norm; of every place of an expert the input, five wide arrays and the output."""
+    D, E, k = model["d_model"], model["experts"], model["active_experts"]
+    F = layers.expert_dim(model)
+    places = E * layers.capacity(E, k, model["capacity_factor"], seq) / seq
+    shared = 5 * width * model["shared_experts"] * F
+    whole = (8 + 2 * width) * D + places * width * (2 * D + 5 * F) + 12 * E + k * (4 * D + 16) + shared
+    return Kept(whole, width * D, 4 * E * k)
+
+
+def glu_kept(model: Mapping, seq: int, width: int) -> Kept:
     """Its input through the norm, and six arrays."""
     D, F = model["d_model"], model["ffn_dim"]
     return Kept((8 + width) * D + 6 * width * F, width * (D + 2 * F))
 
 
-def _state(key: int, values: int, tokens: int) -> float:
+def _state(key: int, values: int, tokens: float) -> float:
     """A float32 state [key, values] once in ``tokens`` tokens."""
     return 4 * key * values / tokens
 
@@ -95,11 +132,17 @@ def _state(key: int, values: int, tokens: int) -> float:
 MIXERS = {
     "attention": attention_kept,
     "full_attention": attention_kept,
+    "differential_attention": differential_kept,
     "rglru": rglru_kept,
+    "mamba": selective_kept,
     "mamba2": mamba2_kept,
     "gated_deltanet": gated_deltanet_kept,
+    "longhorn": selective_kept,
     "mlstm": mlstm_kept,
+    "min_gru": gated_vector_kept(1),
+    "qlstm": gated_vector_kept(3),
 }
+FEED_FORWARDS = {"swiglu": glu_kept, "geglu": glu_kept, "moe": moe_kept}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +193,7 @@ def memory_bytes(
     width = 2 if model.get("dtype", "float32") == "bfloat16" else 4
 
     def parts_of(layer):
-        feed = [] if layer.ffn == "none" else [glu_kept(model, width)]
+        feed = [] if layer.ffn == "none" else [FEED_FORWARDS[layer.ffn](model, seq, width)]
         return [MIXERS[layer.mixer](model, seq, width), *feed]
 
     parts = [part for layer in layers.layers(model) for part in parts_of(layer)]

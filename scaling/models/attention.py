@@ -70,16 +70,24 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD, rope, segment_ids_BT):
         """[B, T, D] to [B, T, D], in the compute dtype; segments None: one document a row."""
-        B, T, _ = x_BTD.shape
-        w_q, w_k, w_v, w_out = (w[...].astype(self.dtype) for w in (self.q, self.k, self.v, self.out))
-        q_BTNH = self.matmul(x_BTD, w_q).reshape(B, T, -1, self.head_dim)
-        k_BTKH = self.matmul(x_BTD, w_k).reshape(B, T, -1, self.head_dim)
-        v_BTKH = self.matmul(x_BTD, w_v).reshape(B, T, -1, self.head_dim)
+        mixed_BTNH = self.mix(*self.heads_of(x_BTD, rope), segment_ids_BT)
+        return self.matmul(mixed_BTNH.reshape(*x_BTD.shape[:2], -1), self.out[...].astype(self.dtype))
+
+    def heads_of(self, x_BTD, rope):
+        """Queries [B, T, N, H], keys and values [B, T, K, H], normalised and turned."""
+        shape = (*x_BTD.shape[:2], -1, self.head_dim)
+        q_BTNH, k_BTKH, v_BTKH = (
+            self.matmul(x_BTD, w[...].astype(self.dtype)).reshape(shape) for w in (self.q, self.k, self.v)
+        )
         if self.qk_norm:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        mixed_BTNH = dot_product_attention(
-            rotate(q_BTNH, rope),
-            rotate(k_BTKH, rope),
+        return rotate(q_BTNH, rope), rotate(k_BTKH, rope), v_BTKH
+
+    def mix(self, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
+        """Values mixed over the tokens that each query sees, [B, T, N, H]."""
+        return dot_product_attention(
+            q_BTNH,
+            k_BTKH,
             v_BTKH,
             scale=self.scale,
             is_causal=True,
@@ -87,4 +95,3 @@ class Attention(nnx.Module):
             q_segment_ids=segment_ids_BT,
             logits_soft_cap=self.soft_cap,
         )
-        return self.matmul(mixed_BTNH.reshape(B, T, -1), w_out)

@@ -50,6 +50,23 @@ def time_steps(rngs: nnx.Rngs, heads: int, axis: str) -> tuple[nnx.Param, nnx.Pa
     return nnx.Param(jnp.log(a), axes=(axis,)), nnx.Param(dt + jnp.log(-jnp.expm1(-dt)), axes=(axis,))
 
 
+def time_scales(rngs: nnx.Rngs, channels: int, axis: str) -> nnx.Param:
+    """A forget gate's bias, float32 [channels]: its sigmoid is 1 - 1/t, t uniform in [2, 128] (Tallec and
+    Ollivier 2018, eq. 14)."""
+    t = jax.random.uniform(rngs.params(), (channels,), jnp.float32, 2, 128)
+    return nnx.Param(jnp.log(t - 1), axes=(axis,))
+
+
+def normal(rngs: nnx.Rngs, size: int, std: float) -> nnx.Param:
+    """Float32 [size], normal of that standard deviation."""
+    return nnx.Param(std * jax.random.normal(rngs.params(), (size,), jnp.float32), axes=(None,))
+
+
+def experts(rngs: nnx.Rngs, count: int, fan_in: int, fan_out: int, gain: float = 1.0, axes=None) -> nnx.Param:
+    """Float32 [count, fan_in, fan_out]: each expert's matrix by the rule above."""
+    return nnx.Param(_normal(rngs, (count, fan_in, fan_out), gain / math.sqrt(fan_in)), axes=(None, *axes))
+
+
 def zeros(size: int, axis: str | None) -> nnx.Param:
     """A bias, float32 [size]."""
     return nnx.Param(jnp.zeros(size, jnp.float32), axes=(axis,))

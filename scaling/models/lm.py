@@ -15,22 +15,33 @@ from scaling import layers, parametrization
 from scaling.config import ConfigError, as_static
 from scaling.models import init
 from scaling.models.attention import Attention, rope_table
+from scaling.models.differential_attention import DifferentialAttention
 from scaling.models.gated_deltanet import GatedDeltaNet
+from scaling.models.longhorn import Longhorn
+from scaling.models.mamba import Mamba
 from scaling.models.mamba2 import Mamba2
+from scaling.models.min_gru import MinGRU
 from scaling.models.mlstm import MLSTM
+from scaling.models.moe import MoE
 from scaling.models.norm import RMSNorm
+from scaling.models.qlstm import QLSTM
 from scaling.models.rglru import RGLRU
 from scaling.models.swiglu import GeGLU, SwiGLU
 
 MIXERS = {
     "attention": lambda cfg, rngs: Attention(cfg, rngs, cfg["local_window"]),
     "full_attention": lambda cfg, rngs: Attention(cfg, rngs, None),
+    "differential_attention": lambda cfg, rngs: DifferentialAttention(cfg, rngs, cfg["local_window"]),
     "rglru": RGLRU,
+    "mamba": Mamba,
     "mamba2": Mamba2,
     "gated_deltanet": GatedDeltaNet,
+    "longhorn": Longhorn,
     "mlstm": MLSTM,
+    "min_gru": MinGRU,
+    "qlstm": QLSTM,
 }
-FEED_FORWARDS = {"swiglu": SwiGLU, "geglu": GeGLU}
+FEED_FORWARDS = {"swiglu": SwiGLU, "geglu": GeGLU, "moe": MoE}
 
 REMAT = {
     "none": None,
@@ -72,6 +83,7 @@ class Block(nnx.Module):
 
         self.mixer_norm, self.mixer = norm(), MIXERS[kind.mixer](cfg, rngs)
         self.feeds, self.post_norm = kind.ffn != "none", cfg["post_norm"]
+        self.by_depth, self.routes = kind.mixer in layers.BY_DEPTH, kind.ffn == "moe"
         if self.feeds:
             self.ffn_norm, self.ffn = norm(), FEED_FORWARDS[kind.ffn](cfg, rngs)
         if self.post_norm:
@@ -80,23 +92,28 @@ class Block(nnx.Module):
                 self.ffn_post_norm = norm()
         self.multiplier = parametrization.branch_multiplier(cfg)
 
-    def __call__(self, x_BTD, rope, segment_ids_BT):
-        return self.with_branches(x_BTD, rope, segment_ids_BT)[0]
+    def __call__(self, x_BTD, rope, segment_ids_BT, depth):
+        """The stream after the layer, and what the layer adds to the training loss, float32 [B], or None."""
+        after_BTD, _, _, extra_B = self.with_branches(x_BTD, rope, segment_ids_BT, depth)
+        return after_BTD, extra_B
 
-    def with_branches(self, x_BTD, rope, segment_ids_BT):
-        """The stream after the layer, and what mixer and feed-forward (or None) added to it, [B, T, D]."""
-        mixed_BTD = self.mixer(self.mixer_norm(x_BTD), rope, segment_ids_BT)
+    def with_branches(self, x_BTD, rope, segment_ids_BT, depth):
+        """The stream after the layer, what mixer and feed-forward (or None) added to it, [B, T, D], and what
+        is added to the loss; ``depth`` is the layer's number, from 0."""
+        known = (rope, segment_ids_BT, depth) if self.by_depth else (rope, segment_ids_BT)
+        mixed_BTD = self.mixer(self.mixer_norm(x_BTD), *known)
         if self.post_norm:
             mixed_BTD = self.mixer_post_norm(mixed_BTD)
         mixed_BTD = times(self.multiplier, mixed_BTD)
         x_BTD = x_BTD + mixed_BTD
         if not self.feeds:
-            return x_BTD, mixed_BTD, None
-        fed_BTD = self.ffn(self.ffn_norm(x_BTD))
+            return x_BTD, mixed_BTD, None, None
+        fed = self.ffn(self.ffn_norm(x_BTD))
+        fed_BTD, extra_B = fed if self.routes else (fed, None)
         if self.post_norm:
             fed_BTD = self.ffn_post_norm(fed_BTD)
         fed_BTD = times(self.multiplier, fed_BTD)
-        return x_BTD + fed_BTD, mixed_BTD, fed_BTD
+        return x_BTD + fed_BTD, mixed_BTD, fed_BTD, extra_B
 
 
 class Stack(nnx.Module):
@@ -157,6 +174,7 @@ class LM(nnx.Module):
         turning = round(cfg["head_dim"] * cfg["rope_fraction"])
         self.turning = turning if layers.has(cfg, *layers.ATTENTION) else 0  # channels of a head
         self.rope_theta = cfg["rope_theta"]
+        self.routes = layers.has(cfg, "moe")
         self.soft_cap = cfg["logits_soft_cap"]
         self.multiplier = parametrization.logit_multiplier(cfg)
         self.cross_document = cfg["cross_document"]
@@ -166,22 +184,23 @@ class LM(nnx.Module):
 
     def __call__(self, inputs_BT, segment_ids_BT=None, positions_BT=None):
         """int [B, T] to logits, float32 [B, T, V]."""
-        x_BTD, head_DV = self.features(inputs_BT, segment_ids_BT, positions_BT)
+        x_BTD, head_DV, _ = self.features(inputs_BT, segment_ids_BT, positions_BT)
         logits_BTV = jnp.matmul(x_BTD, head_DV.astype(self.dtype), preferred_element_type=jnp.float32)
         if self.soft_cap is not None:
             logits_BTV = self.soft_cap * jnp.tanh(logits_BTV / self.soft_cap)
         return logits_BTV
 
     def features(self, inputs_BT, segment_ids_BT=None, positions_BT=None):
-        """int [B, T] to what the head takes, [B, T, D], and the head's matrix, float32 [D, V]."""
+        """int [B, T] to what the head takes, [B, T, D], the head's matrix, float32 [D, V], and what routers
+        add to the training loss, float32 [B], or None."""
         B, T = inputs_BT.shape
         if self.cross_document:
             segment_ids_BT = positions_BT = None
         rope = self.rope(positions_BT, (B, T))
         x_BTD = self.places.rows(self.embed(inputs_BT))
-        x_BTD = self.run_blocks(x_BTD, rope, segment_ids_BT)
+        x_BTD, extra_B = self.run_blocks(x_BTD, rope, segment_ids_BT)
         head_DV = self.embed.table[...].T if self.tied else self.head[...]
-        return times(self.multiplier, self.final_norm(x_BTD)), head_DV
+        return times(self.multiplier, self.final_norm(x_BTD)), head_DV, extra_B
 
     def rope(self, positions_BT, shape):
         """The rotary table, positions counted along the row where None; None where nothing turns."""
@@ -192,23 +211,27 @@ class LM(nnx.Module):
         return rope_table(positions_BT, self.turning, self.rope_theta)
 
     def run_blocks(self, x_BTD, rope, segment_ids_BT):
-        """All layers, one after the other."""
+        """All layers, one after the other; what they add to the loss is summed."""
 
-        def layer(x_BTD, block):
-            return self.places.rows(block(x_BTD, rope, segment_ids_BT)), None
+        def layer(x_BTD, block, depth):
+            x_BTD, extra_B = block(x_BTD, rope, segment_ids_BT, depth)
+            if self.routes and extra_B is None:  # layers with and without a router beside each other
+                extra_B = jnp.zeros(len(x_BTD), jnp.float32)
+            return self.places.rows(x_BTD), extra_B
 
-        return self.fold_layers(x_BTD, layer)[0]
+        x_BTD, extra_LB = self.fold_layers(x_BTD, layer)
+        return x_BTD, None if extra_LB is None else jnp.sum(extra_LB, axis=0)
 
     def fold_layers(self, x, layer):
-        """``x, out = layer(x, block)`` over all layers: a scan over the pattern's repeats, or a Python loop.
+        """``x, out = layer(x, block, depth)`` over all layers: a scan over repeats, or a Python loop.
 
         Returns the last x and the outs of all layers, stacked. ``unroll`` and ``remat`` are as for the model.
         """
         stacks = self.stacks()
 
         def call_of(graphdef):
-            def call(x, arrays):
-                return layer(x, nnx.merge(graphdef, arrays))
+            def call(x, arrays, depth):
+                return layer(x, nnx.merge(graphdef, arrays), depth)
 
             if self.remat == "none":
                 return call
@@ -218,10 +241,11 @@ class LM(nnx.Module):
         calls = [call_of(graphdef) for graphdef, _ in stacks]
         whole = 0 if self.unroll else self.layers // len(stacks)
 
-        def period(x, arrays):
+        def period(x, repeat):
+            arrays, first = repeat
             outs = []
-            for call, own in zip(calls, arrays, strict=True):
-                x, out = call(x, own)
+            for i, (call, own) in enumerate(zip(calls, arrays, strict=True)):
+                x, out = call(x, own, first + i)
                 outs.append(out)
             return x, outs
 
@@ -229,12 +253,12 @@ class LM(nnx.Module):
         if whole:
             # all of an array where no layer is left over
             repeats = [jax.tree.map(lambda a: a if len(a) == whole else a[:whole], own) for _, own in stacks]
-            x, outs = jax.lax.scan(period, x, repeats)
+            x, outs = jax.lax.scan(period, x, (repeats, len(stacks) * jnp.arange(whole)))
             in_order = lambda *a: jnp.stack(a, 1).reshape(-1, *a[0].shape[1:])  # noqa: E731
             parts.append(jax.tree.map(in_order, *outs))
         for k in range(whole * len(stacks), self.layers):
             turn, i = divmod(k, len(stacks))
-            x, out = calls[i](x, jax.tree.map(lambda a, turn=turn: a[turn], stacks[i][1]))
+            x, out = calls[i](x, jax.tree.map(lambda a, turn=turn: a[turn], stacks[i][1]), jnp.int32(k))
             parts.append(jax.tree.map(lambda a: a[None], out))
         return x, jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
@@ -252,8 +276,9 @@ class Apply:
     """The model as pure, jittable functions of ``params``, its nested dict of arrays.
 
     Called: ``apply(params, inputs_BT, segment_ids_BT=None, positions_BT=None)``, float32 logits [B, T, V].
-    ``features`` of the same arguments: (x [B, T, D] in the model's dtype, head float32 [D, V]), for a loss
-    that never holds the logits; they are ``cap(x @ head)`` with ``soft_cap`` (None: no cap).
+    ``features`` of the same arguments: (x [B, T, D] in the model's dtype, head float32 [D, V], extra), for a
+    loss that never holds the logits; they are ``cap(x @ head)`` with ``soft_cap`` (None: no cap). ``extra``:
+    what routers add to the training loss, float32 [B], None without routers.
     """
 
     graphdef: nnx.GraphDef

@@ -22,15 +22,21 @@ def loss_fn(apply, params, batch, z_loss: float, tokens=None):
 
     Returns:
       (loss, aux): float32 scalars; aux has ``nats`` (the mean cross-entropy, in nats a token),
-      ``z_loss`` (the term as added) and ``tokens`` (the divisor). A batch whose mask is all zero has no
-      mean: NaN.
+      ``z_loss`` (the term as added), ``tokens`` (the divisor) and, of a mixture of experts, ``router`` (what
+      its routers add, rows weighed by their tokens). A batch whose mask is all zero has no mean: NaN.
     """
-    total, lse_BT = _cross_entropy(apply, params, batch, z_loss=z_loss, reduction="sum", return_lse=True)
+    (total, lse_BT), extra_B = _cross_entropy(
+        apply, params, batch, z_loss=z_loss, reduction="sum", return_lse=True
+    )
     mask_BT = batch["loss_mask"]
     tokens = jnp.sum(mask_BT) if tokens is None else tokens
     loss = total / tokens
     z_term = z_loss * jnp.sum(jnp.square(jax.lax.stop_gradient(lse_BT)) * mask_BT) / tokens
-    return loss, {"nats": loss - z_term, "z_loss": z_term, "tokens": tokens}
+    aux = {"nats": loss - z_term, "z_loss": z_term, "tokens": tokens}
+    if extra_B is not None:
+        aux["router"] = jnp.sum(extra_B * jnp.sum(mask_BT, axis=-1)) / tokens
+        loss = loss + aux["router"]
+    return loss, aux
 
 
 def eval_sums(apply, params, batch):
@@ -38,13 +44,17 @@ def eval_sums(apply, params, batch):
 
     A row with an all-zero mask gives (0, 0), so that a padded row drops out of any total.
     """
-    nats_BT = _cross_entropy(apply, params, batch, reduction="none")
+    nats_BT, _ = _cross_entropy(apply, params, batch, reduction="none")
     return jnp.sum(nats_BT, axis=-1), jnp.sum(batch["loss_mask"], axis=-1)
 
 
 def _cross_entropy(apply, params, batch, **options):
-    x_BTD, head_DV = apply.features(params, batch["inputs"], batch["segment_ids"], batch["positions"])
+    """What ``linear_cross_entropy`` gives, and what routers add to the loss."""
+    x_BTD, head_DV, extra_B = apply.features(
+        params, batch["inputs"], batch["segment_ids"], batch["positions"]
+    )
     labels_BT = jnp.where(batch["loss_mask"] > 0, batch["targets"], -1)
-    return linear_cross_entropy(
+    nats = linear_cross_entropy(
         x_BTD, head_DV, labels_BT, soft_cap=apply.soft_cap, ignore_index=-1, **options
     )
+    return nats, extra_B

@@ -277,6 +277,12 @@ FAMILIES = {
     "mamba2": ({}, SSD | CONVOLUTION),
     "gated_deltanet": ({}, {"gated_delta_rule_forward", "gated_delta_rule_backward"} | CONVOLUTION),
     "xlstm": ({}, SSD),
+    "differential": ({}, {"attention_forward"}),
+    "mamba": ({"layers": 4}, {"linear_scan", "linear_scan_backward"} | CONVOLUTION),
+    "longhorn": ({"layers": 4}, {"linear_scan", "linear_scan_backward"} | CONVOLUTION),
+    "min_gru": ({}, {"linear_scan", "linear_scan_backward"} | CONVOLUTION),
+    "qlstm": ({}, {"linear_scan", "linear_scan_backward"} | CONVOLUTION),
+    "moe": ({"expert_fraction": 0.5, "capacity_factor": 1.25}, {"attention_forward"}),
 }
 
 

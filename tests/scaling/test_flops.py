@@ -13,6 +13,7 @@ from launch.preflight.traffic import traffic
 from scaling import layers
 from scaling.config import validate_section
 from scaling.flops import CONVENTIONS, FEED_FORWARDS, MIXERS, ledger, memory_bytes, pairs_per_token
+from scaling.flops.memory import FEED_FORWARDS as KEPT_BY_FEEDS
 from scaling.flops.memory import MIXERS as KEPT
 from scaling.models import lm as models
 from scaling.models.lm import abstract_params, build
@@ -181,6 +182,12 @@ FAMILIES = {
     "mamba2": {"state_dim": 24},
     "gated_deltanet": {"kv_heads": 1},
     "xlstm": {"head_dim": 32, "heads": 2, "kv_heads": 2},
+    "differential": {},
+    "mamba": {"channel_state": 8},
+    "longhorn": {"expand": 1},
+    "min_gru": {},
+    "qlstm": {"expand": 1},
+    "moe": {"experts": 6, "shared_experts": 2, "expert_fraction": 0.25, "capacity_factor": 1.3},
     "hybrid": {"pattern": ["mamba2", "full_attention", "mlstm+geglu"], "post_norm": True, "state_dim": 16},
 }
 
@@ -309,6 +316,7 @@ def test_groups_sum_to_totals_and_print():
 
 def test_every_kind_of_layer_has_an_entry():
     assert set(MIXERS) == set(layers.MIXERS) == set(models.MIXERS) == set(KEPT)
+    assert set(KEPT_BY_FEEDS) == set(FEED_FORWARDS)
     assert {*FEED_FORWARDS, "none"} == set(layers.FEED_FORWARDS) == {*models.FEED_FORWARDS, "none"}
     with pytest.raises(ValueError, match="model.family is 'perceptron'"):
         ledger({**BASE, "family": "perceptron"}, T)
@@ -327,6 +335,16 @@ MEMORY_CASES = {
     "mamba2": ({"family": "mamba2", "layers": 4, "state_dim": 32, "dtype": "bfloat16"}, 4, 256),
     "gated_deltanet": ({"family": "gated_deltanet"}, 4, 128),
     "xlstm": ({"family": "xlstm", "dtype": "bfloat16", "layers": 4}, 4, 256),
+    "differential": ({"family": "differential", "layers": 4}, 4, 256),
+    "mamba": ({"family": "mamba", "layers": 4}, 4, 256),
+    "longhorn": ({"family": "longhorn", "layers": 4, "dtype": "bfloat16"}, 4, 256),
+    "min_gru": ({"family": "min_gru", "layers": 4}, 4, 256),
+    "qlstm": ({"family": "qlstm", "layers": 4, "dtype": "bfloat16"}, 4, 256),
+    "moe": (
+        {"family": "moe", "layers": 4, "experts": 4, "shared_experts": 1, "expert_fraction": 0.5},
+        4,
+        256,
+    ),
 }
 
 

@@ -29,6 +29,25 @@ CASES = {
         "post_norm": True,
     },
     "no positions": {"rope_fraction": 0.0},
+    "differential": {"family": "differential", "local_window": 20},
+    "mamba": {"family": "mamba", "channel_state": 5},
+    "longhorn": {"family": "longhorn", "channel_state": 5},
+    "min_gru": {"family": "min_gru"},
+    "qlstm": {"family": "qlstm", "expand": 1},
+    "moe": {
+        "family": "moe",
+        "experts": 5,
+        "shared_experts": 1,
+        "expert_fraction": 0.5,
+        "capacity_factor": 9.0,
+    },
+    "routed hybrid": {
+        "family": "hybrid",
+        "pattern": ["mamba", "differential_attention+moe"],
+        "channel_state": 5,
+        "experts": 3,
+        "capacity_factor": 1.5,
+    },
 }
 B, T = 2, 40
 
@@ -147,13 +166,73 @@ def mlstm(x, p, cfg):
     return (sigmoid(x @ p["o_gate"]) * normed) @ p["out"]
 
 
-RECURRENCES = {"rglru": rglru, "mamba2": mamba2, "gated_deltanet": gated_deltanet, "mlstm": mlstm}
+def selective(x, p, cfg, decays):
+    u = silu(convolved(x @ p["x"], p["conv"]))
+    b, c = u @ p["b"], u @ p["c"]
+    raw = u @ p["dt_down"] @ p["dt_up"] + p["dt_bias"]
+    S, out = np.zeros((u.shape[1], b.shape[1])), []
+    for t in range(len(x)):
+        decay, step = decays(raw[t][:, None], b[t], p)
+        S = decay * S + step * u[t][:, None] * b[t]
+        out.append(S @ c[t] + p["skip"] * u[t])
+    return (np.array(out) * silu(x @ p["z"])) @ p["out"]
+
+
+def mamba(x, p, cfg):
+    def decays(raw, key, p):
+        step = softplus(raw)
+        return np.exp(-np.exp(p["a_log"]) * step), step
+
+    return selective(x, p, cfg, decays)
+
+
+def longhorn(x, p, cfg):
+    """The implicit step, solved: the gradient of |S - S0|^2 + beta (S k - u)^2 is zero; its diagonal form."""
+
+    def decays(raw, key, p):
+        step = sigmoid(raw) / (1 + sigmoid(raw) * (key @ key))
+        return 1 - step * key**2, step
+
+    return selective(x, p, cfg, decays)
+
+
+def min_gru(x, p, cfg):
+    u = convolved(x, p)
+    f, raw = sigmoid(u @ p["f_gate"] + p["f_bias"]), u @ p["x"]
+    candidate = np.where(raw > 0, raw + 0.5, sigmoid(raw))
+    h, out = np.zeros(f.shape[1]), []
+    for t in range(len(x)):
+        h = f[t] * h + (1 - f[t]) * candidate[t]
+        out.append(h)
+    return np.array(out) @ p["out"]
+
+
+def qlstm(x, p, cfg):
+    u = convolved(x, p)
+    i, f = (sigmoid(u @ p[f"{g}_gate"] + p[f"{g}_bias"]) for g in "if")
+    c, out = np.zeros(f.shape[1]), []
+    for t in range(len(x)):
+        c = f[t] * c + i[t] * np.tanh(u[t] @ p["z"])
+        out.append(sigmoid(u[t] @ p["o_gate"]) * np.tanh(c))
+    return np.array(out) @ p["out"]
+
+
+RECURRENCES = {
+    "rglru": rglru,
+    "mamba": mamba,
+    "mamba2": mamba2,
+    "longhorn": longhorn,
+    "gated_deltanet": gated_deltanet,
+    "mlstm": mlstm,
+    "min_gru": min_gru,
+    "qlstm": qlstm,
+}
 
 
 @pytest.mark.parametrize("kind", RECURRENCES)
 def test_mixer_is_its_recurrence_token_by_token_inside_documents(kind):
     """Two documents in a row: each is the recurrence of its own tokens alone, in float64."""
-    changes = {"state_dim": 12} if kind == "mamba2" else {}
+    changes = {"mamba2": {"state_dim": 12}, "mamba": {"channel_state": 5}}.get(kind, {})
     cfg, apply, params = mixer(kind, **changes)
     x = np.random.default_rng(0).standard_normal((1, T, cfg["d_model"])).astype(np.float32)
     cut = 23
@@ -224,13 +303,14 @@ def test_every_parameter_has_a_rule(name):
     scales = update_scales(cfg, params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         inside = path[0].key == "blocks"
-        matrix = leaf.ndim - inside >= 2
+        matrix = leaf.ndim - inside >= 2 and path[-1].key != "a_log"  # decay rates, a channel and state
         taps = path[-1].key == "conv"
         gain = path[-2].key.endswith("norm") if len(path) > 1 else False
         assert decays(path, leaf) == (matrix and not gain), path
         assert is_hidden_matrix(path, leaf) == (inside and matrix and not taps and not gain), path
     lr = {p[-1].key: v for p, v in jax.tree_util.tree_leaves_with_path(scales["lr"])}
     expected = {"out": 0.5, "conv": 1.0, "a_log": 1.0, "input_gate": 1.0, "dt": 0.5, "i_bias": 1.0}
+    expected |= {"dt_up": 0.5, "router": 0.5, "lambda_q1": 1.0}
     assert all(lr[k] == v for k, v in expected.items() if k in lr)
 
 
@@ -242,6 +322,7 @@ def test_every_parameter_has_a_rule(name):
         ("mamba2", ("mup",)),
         ("gated_deltanet", ("mup",)),
         ("xlstm", ("mup",)),
+        *((name, ("mup",)) for name in ("differential", "mamba", "longhorn", "min_gru", "qlstm", "moe")),
     ],
 )
 def test_coordinates_keep_their_size_in_width_under_mup(name, rules):
@@ -282,7 +363,8 @@ def test_bfloat16_is_near_float32():
     """Every family computes in bfloat16 what it computes in float32, to bfloat16's own error."""
     tokens = np.random.default_rng(0).integers(0, 61, (B, T))
     error = {}
-    for name in ("griffin", "mamba2", "gated_deltanet", "xlstm"):
+    recurrent = ("griffin", "mamba", "mamba2", "longhorn", "gated_deltanet", "xlstm", "min_gru", "qlstm")
+    for name in (*recurrent, "differential"):
         cfg = model(**CASES[name])
         params = init_params(cfg, 0)
         exact = np.asarray(jax.jit(build(cfg, seed=0)[0])(params, tokens))
@@ -298,7 +380,7 @@ def test_bfloat16_is_near_float32():
     [
         ({"family": "hybrid"}, "model.pattern is None with model.family = 'hybrid'"),
         ({"pattern": ["mamba2"]}, "'hybrid' needs a pattern, and every other family has its own"),
-        ({"family": "hybrid", "pattern": ["mamba"]}, r"model.pattern\[0\] is 'mamba'; it must be one of"),
+        ({"family": "hybrid", "pattern": ["mamba3"]}, r"model.pattern\[0\] is 'mamba3'; it must be one of"),
         ({"family": "hybrid", "pattern": ["rglru+relu"]}, r"model.pattern\[0\] is 'rglru\+relu'"),
         ({"family": "hybrid", "pattern": [3]}, r"model.pattern\[0\] is 3; it must be a string"),
         ({"family": "hybrid", "pattern": []}, "model.pattern is"),
@@ -307,6 +389,12 @@ def test_bfloat16_is_near_float32():
         ({"family": "xlstm", "key_fraction": 0.3}, "model.key_fraction is 0.3 with head_dim 8"),
         ({"rope_fraction": 0.4}, "model.rope_fraction is 0.4; it must leave an even number of the 8"),
         ({"family": "perceptron"}, "model.family is 'perceptron'"),
+        ({"experts": 4}, "model.experts is 4 with model.family = 'transformer', which does not read it"),
+        ({"family": "moe", "active_experts": 9}, "model.active_experts is 9; it must be at most experts = 8"),
+        ({"family": "moe", "expert_fraction": 0.3}, "model.expert_fraction is 0.3 with ffn_dim 48"),
+        ({"family": "moe", "capacity_factor": 0.5}, "model.capacity_factor is 0.5"),
+        ({"family": "moe", "router": "best"}, "model.router is 'best'"),
+        ({"family": "differential", "kv_heads": 1}, "model.kv_heads is 1; 'differential_attention' pairs"),
     ],
 )
 def test_bad_families(changes, words):

@@ -29,7 +29,7 @@ class apply:
 
     @staticmethod
     def features(params, inputs, segment_ids, positions):
-        return params, jnp.eye(V)
+        return params, jnp.eye(V), None
 
 
 def expected(logits=LOGITS, mask=MASK):

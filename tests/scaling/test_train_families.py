@@ -1,0 +1,95 @@
+"""Every family trains below a bigram model on bytes, and a killed run ends with the bytes of a whole one."""
+
+import numpy as np
+import pytest
+from tiny_study import tiny_cell
+
+from scaling.config import validate_cell
+from scaling.data import Stream, heldout_batches, open_data
+from scaling.files import CellFolder
+from scaling.layers import FAMILIES
+from scaling.train import Execution, train
+
+pytestmark = pytest.mark.slow
+# what a family needs beside a shape, small
+OWN = {
+    "griffin": {"local_window": 32, "layers": 3},
+    "mamba2": {"state_dim": 16},
+    "mamba": {"channel_state": 8},
+    "longhorn": {"channel_state": 8},
+    "moe": {"experts": 4, "expert_fraction": 0.5},
+    "hybrid": {"pattern": ["gated_deltanet", "attention+geglu"], "local_window": 32},
+}
+DATA = {"source": "stdlib", "seq": 128}
+SEQUENCES = 128
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the program catches it."""
+
+
+def kill_after(step):
+    def on_metrics(row):
+        if row["step"] >= step:
+            raise Killed
+
+    return on_metrics
+
+
+@pytest.fixture(scope="module")
+def bigram_loss():
+    """Nats a byte of the best smoothed bigram model of 2 million bytes, on the rows that judge the models."""
+    dataset = open_data(validate_cell(cell("transformer"))["data"])
+    train_counts, held_out = np.zeros((256, 256)), np.zeros((256, 256))
+    train_rows = Stream(dataset.train, DATA["seq"], 256, 0).iterate(0, 64)
+    for counts, batches in (
+        (train_counts, train_rows),
+        (held_out, heldout_batches(dataset.heldout, DATA["seq"], 64, SEQUENCES)),
+    ):
+        for batch in batches:
+            kept = batch["loss_mask"] > 0
+            np.add.at(counts, (batch["inputs"][kept], batch["targets"][kept]), 1)
+
+    def loss(smoothing):
+        smooth = train_counts + smoothing
+        return -np.sum(held_out * np.log(smooth / smooth.sum(1, keepdims=True))) / held_out.sum()
+
+    return min(map(loss, (0.01, 0.1, 1.0)))
+
+
+def cell(family, **train_changes):
+    model = {"d_model": 48, "layers": 2, "heads": 4, "kv_heads": 4, "head_dim": 12, "ffn_dim": 128}
+    return {
+        "model": {**model, "family": family, **OWN.get(family, {})},
+        "data": DATA,
+        "optim": {"lr": 1e-2, "beta2": 0.99},
+        "schedule": {"warmup_steps": 10, "decay_fraction": 0.3},
+        "train": {"batch": 16, "steps": 100, **train_changes},
+        "eval": {"sequences": SEQUENCES},
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_learns_more_than_pairs_of_bytes(family, bigram_loss, tmp_path):
+    result = train(cell(family), CellFolder(tmp_path, "c"))
+    assert result["status"] == "finished" and 2.3 < bigram_loss < 2.7
+    # by several standard errors of the held-out loss, after 200 thousand bytes
+    assert result["loss"] < bigram_loss - 4 * result["loss_stderr"], (result["loss"], bigram_loss)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_killed_run_ends_as_a_whole_one(family, corpus, tmp_path):
+    own = tiny_cell(
+        corpus, model={"kv_heads": 2, "family": family, **OWN.get(family, {})}, train={"steps": 16}
+    )
+
+    def files(folder):
+        return {p.name: p.read_bytes() for p in (folder.result, folder.metrics, folder.config)}
+
+    whole, broken = CellFolder(tmp_path, "whole"), CellFolder(tmp_path, "broken")
+    train(own, whole)
+    for last in (3, 9, 13):
+        with pytest.raises(Killed):
+            train(own, broken, Execution(checkpoint_steps=4), kill_after(last))
+    assert train(own, broken, Execution(checkpoint_steps=4))["status"] == "finished"
+    assert files(broken) == files(whole)
