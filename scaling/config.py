@@ -205,6 +205,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
     "eval": {
         "sequences": Field(int, lambda x: x > 1, "an integer above 1 (a standard error needs two)", 256),
         "points": _positive_int(1),
+        "probes": _flag(False, later=True),
     },
     "precision": {
         "params": _choice("float32", "bfloat16", default="float32", later=True),

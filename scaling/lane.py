@@ -28,6 +28,7 @@ from scaling.evaluate import held_out_loss
 from scaling.files import CellFolder, StorageError, explain_os_error, read_jsonl, write_json, write_whole
 from scaling.flops import ledger
 from scaling.optim import hyper_parameters
+from scaling.probes import probe
 from scaling.records import read_result
 from scaling.spikes import count_spikes
 
@@ -225,6 +226,9 @@ class Lane:
             words = f"the final held-out loss, {scores['loss']:.3f}, is worse than a uniform guess"
             raise Diverged(words, self.done)
         score = {"step": self.done, "tokens": self.done * self.batch * self.seq, **scores}
+        if self.cell["eval"]["probes"] and self.done == self.steps:
+            streamed = self.cell["model"]["cross_document"]
+            score["probes"] = probe(eval_fn, params, self.heldout, self.dataset.heldout, self.seq, streamed)
         self.evals = [*self.evals, score]
         if self.done < self.steps:
             self.write({"step": self.done, "eval": score})

@@ -23,6 +23,18 @@ from scaling.sentinels import brackets, words
 RESULTS = ("finished", "diverged")
 STATUSES = ("finished", "diverged", "failed", "preempted", "running", "planned")
 
+PROBES = {
+    "copy_loss": "nats a token of the second pass over a passage of random tokens (Jelassi et al. 2024)",
+    "copy_gain": "nats a token that the second pass is better than the first",
+    "recall_loss": "nats of the value of a random pair whose key is met again (Arora et al. 2023)",
+    "recall_gain": "nats that it is better than at the first time",
+    "ngram_loss": "nats a held-out token that ends a 4-gram met before in its document (Akyurek et al. 2024)",
+    "novel_loss": "nats a held-out token that does not",
+    "loss_2x": "nats a held-out token at positions from the trained length to twice it",
+    "loss_4x": "nats a held-out token at positions from twice the trained length to four times it",
+}
+"""Results of ``eval.probes``, at a cell's last evaluation (``scaling.probes``)."""
+
 COLUMNS = {
     "study": "name of the study",
     "cell": "id of the cell: a hash of its config",
@@ -52,6 +64,7 @@ COLUMNS = {
     "loss": "held-out cross-entropy, nats per token",
     "loss_stderr": "its standard error over held-out sequences",
     "bits_per_byte": "held-out cross-entropy, bits per byte of text",
+    **PROBES,
     "batch_tokens": "tokens in one step",
     "steps": "updates in the whole cell",
     "lr": "peak learning rate",
@@ -174,6 +187,7 @@ def cell_rows(manifest: Mapping, entry: Mapping, folder: CellFolder) -> list[dic
                 "loss": score["loss"],
                 "loss_stderr": score["loss_stderr"],
                 "bits_per_byte": score["bits_per_byte"],
+                **score.get("probes", {}),
                 **{c: account.train_flops(tokens, name) for c, name in CONVENTIONS.items()},
             }
         )
