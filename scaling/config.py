@@ -19,9 +19,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from scaling import layers
-from scaling.formats import FORMATS, SCALINGS
+from scaling.formats import FORMATS, SCALINGS, WEIGHTS_ALONE
 
 SCHEMA_VERSION = 1
+SHARED_FORMATS = tuple(name for name in FORMATS if name not in WEIGHTS_ALONE)
 REQUIRED = object()
 FILE_SOURCES = ("stdlib", "text", "tokens")
 SYNTHETIC_SOURCES = {
@@ -211,8 +212,8 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "params": _choice("float32", "bfloat16", default="float32", later=True),
         "rounding": _choice("stochastic", "nearest", default="stochastic", later=True),
         "weights": _choice(*FORMATS, default=None, optional=True, later=True),
-        "activations": _choice(*FORMATS, default=None, optional=True, later=True),
-        "gradients": _choice(*FORMATS, default=None, optional=True, later=True),
+        "activations": _choice(*SHARED_FORMATS, default=None, optional=True, later=True),
+        "gradients": _choice(*SHARED_FORMATS, default=None, optional=True, later=True),
         "weights_scaling": _choice(*SCALINGS, default="tensor", later=True),
         "activations_scaling": _choice(*SCALINGS, default="tensor", later=True),
         "gradients_scaling": _choice(*SCALINGS, default="tensor", later=True),
@@ -290,6 +291,12 @@ def check_optimizer(optim: Mapping, schedule: Mapping) -> None:
 
 def check_precision(cell: Mapping) -> None:
     """Raises ``ConfigError`` where parameters stored in bfloat16 cannot go with the rest."""
+    weights, scaling = cell["precision"]["weights"], cell["precision"]["weights_scaling"]
+    if weights in WEIGHTS_ALONE and scaling == "block":
+        raise ConfigError(
+            f"precision.weights_scaling is 'block' with precision.weights = {weights!r}, whose scale is a "
+            "mean; it must be 'tensor' or 'channel'"
+        )
     if cell["precision"]["params"] == "float32":
         return
     if cell["model"]["dtype"] != "bfloat16":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 
@@ -14,12 +15,14 @@ class Format:
     symmetric: -(2^(bits-1) - 1) to 2^(bits-1) - 1.
     """
 
-    bits: int
+    bits: float
     largest: float
     exponent: int
     """floor(log2(largest)): a block's shared scale is 2^(floor(log2(amax)) - exponent)."""
     dtype: str | None = None
     """The ml_dtypes type that rounds to it; None: an integer."""
+    by_mean: bool = False
+    """Whether the scale is the mean absolute value, not the largest over ``largest``."""
 
 
 FORMATS: dict[str, Format] = {
@@ -29,13 +32,17 @@ FORMATS: dict[str, Format] = {
     # OCP Microscaling Formats (MX) 1.0, table 5; Rouhani et al. 2023
     "fp4_e2m1": Format(4, 6.0, 2, "float4_e2m1fn"),
     **{f"int{b}": Format(b, 2.0 ** (b - 1) - 1, b - 2) for b in range(8, 2, -1)},
+    # -1, 0 and 1 times the mean absolute value: Ma et al. 2024, BitNet b1.58, equations 1 to 3
+    "ternary": Format(math.log2(3), 1.0, 0, by_mean=True),
 }
+WEIGHTS_ALONE = ("ternary",)
+"""Formats that are for weights, a scale a tensor or a channel."""
 
 OPERANDS = ("weights", "activations", "gradients")
 SCALINGS = ("tensor", "channel", "block")
 
 
-def bits(cell: Mapping) -> dict[str, int]:
+def bits(cell: Mapping) -> dict[str, float]:
     """Bits an element in the layers' matmuls: the P of a precision law (Kumar et al. 2024).
 
     Args:

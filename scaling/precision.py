@@ -27,8 +27,9 @@ class Rule:
     Attributes:
       format: a key of ``FORMATS``.
       scaling: what shares a scale. ``tensor``: the whole operand, amax / largest (Micikevicius et al. 2022,
-        the current tensor's own amax). ``channel``: one row of the left or column of the right operand, that
-        is all that is summed into one output (Dettmers et al. 2022, vector-wise). ``block``: ``block``
+        the current tensor's own amax; of ternary values the mean absolute value). ``channel``: one row of the
+        left or column of the right operand, that is all that is summed into one output (Dettmers et al. 2022,
+        vector-wise). ``block``: ``block``
         neighbours along the summed axis, a power of two (OCP MX 1.0, section 6.3; Rouhani et al. 2023).
       block: elements in a block.
     """
@@ -55,10 +56,11 @@ def quantize(x, rule: Rule | None, axis: int):
     x = x.astype(jnp.float32)
     if rule.scaling == "block":
         return _in_blocks(x, rule, axis), None
-    amax = jnp.max(jnp.abs(x), axis=axis if rule.scaling == "channel" else None, keepdims=True)
+    fmt, shared = FORMATS[rule.format], axis if rule.scaling == "channel" else None
+    size = (jnp.mean if fmt.by_mean else jnp.max)(jnp.abs(x), axis=shared, keepdims=True)
     # times the reciprocal, as compilers write a division by a constant: the same bits jitted or not
-    scale = jnp.where(amax == 0, 1.0, amax * (1 / FORMATS[rule.format].largest))
-    scale = jnp.where(jnp.isfinite(amax), scale, jnp.nan)
+    scale = jnp.where(size == 0, 1.0, size * (1 / fmt.largest))
+    scale = jnp.where(jnp.isfinite(size), scale, jnp.nan)
     return round_to(x / scale, rule.format), scale
 
 

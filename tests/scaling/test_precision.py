@@ -110,6 +110,24 @@ def test_every_code_is_exact_in_bfloat16():
             np.testing.assert_array_equal(values.astype(ml_dtypes.bfloat16).astype(np.float32), values)
 
 
+@pytest.mark.parametrize("scaling", ["tensor", "channel"])
+def test_ternary_weights_are_their_mean_size_or_nothing(scaling):
+    """BitNet b1.58's three equations, and the limit: weights of one size lose nothing."""
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(s).astype(np.float32) for s in ((12, 40), (40, 24)))
+    size = np.abs(w).mean(0 if scaling == "channel" else None, keepdims=True)
+    want = np.clip(np.rint(w / size), -1, 1) * size
+    assert 0.2 < (want == 0).mean() < 0.5
+    matmul = Matmul(Rule("ternary", scaling))
+    # the scale is applied after the sum: another order of float32 roundings
+    np.testing.assert_allclose(matmul(x, w), x @ want, rtol=1e-4, atol=1e-4)
+    signs = np.float32(0.37) * np.sign(w)
+    np.testing.assert_allclose(matmul(x, signs), x @ signs, rtol=1e-4, atol=1e-4)
+    # the gradient goes straight through the rounding
+    dw = jax.grad(lambda w: matmul(x, w).sum())(w)
+    np.testing.assert_allclose(dw, x.T @ np.ones((len(x), w.shape[1]), np.float32), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_three_products_equal_numpy(scaling):
     x, w, dy = operands()
@@ -222,6 +240,8 @@ def test_the_ledger_and_bits():
     assert bits(plain) == {"weights": 32, "activations": 32, "gradients": 32}
     assert bits(simulated) == {"weights": 4, "activations": 4, "gradients": 4}
     mixed = cell_of({"weights": "int3", "gradients": "fp8_e5m2"}, dtype="bfloat16")
+    ternary = {"weights": "ternary", "activations": "int8", "activations_scaling": "channel"}
+    assert bits(cell_of(ternary))["weights"] == pytest.approx(1.585, abs=1e-3)
     assert bits(mixed) == {"weights": 3, "activations": 16, "gradients": 8}
 
 
@@ -241,6 +261,15 @@ def test_a_simulated_cell_trains(scaling):
     _, losses = trained(cell_of(precision))
     assert losses[-1] < losses[0] - 1.0
     assert losses[0] != trained(cell_of({}), steps=1)[1][0]
+
+
+def test_a_model_without_products_of_weights_trains():
+    """minGRU in ternary weights and 8-bit activations: sums and differences but for the head."""
+    ternary = {"weights": "ternary", "activations": "int8", "activations_scaling": "channel"}
+    cell = cell_of(ternary)
+    cell = validate_cell({**cell, "model": {**cell["model"], "family": "min_gru"}})
+    _, losses = trained(cell)
+    assert losses[-1] < losses[0] - 0.5
 
 
 def words(seed):
@@ -359,6 +388,12 @@ def test_rounding_bits_follow_seed_and_step():
             {"weights": "fp16"},
             "float32",
             "precision.weights is 'fp16' .* one of 'fp8_e4m3'",
+        ),
+        ({"activations": "ternary"}, "float32", "precision.activations is 'ternary'"),
+        (
+            {"weights": "ternary", "weights_scaling": "block"},
+            "float32",
+            "precision.weights_scaling is 'block' with precision.weights = 'ternary', whose scale is a mean",
         ),
         ({"gradients_scaling": "row"}, "float32", "precision.gradients_scaling is 'row'"),
         ({"params": "bfloat16"}, "float32", "model.dtype is 'float32'; precision.params = 'bfloat16' needs"),
