@@ -144,6 +144,9 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "router": _choice("chosen", "all", default="chosen", later=True),
         "balance_loss": _nonnegative(0.01, later=True),
         "router_z_loss": _nonnegative(0.001, later=True),
+        "memory_keys": _positive_int(32, later=True),
+        "memory_heads": _positive_int(4, later=True),
+        "memory_top": _positive_int(16, later=True),
     },
     "data": {
         "source": _choice(*FILE_SOURCES, *SYNTHETIC_SOURCES, "mixture", default="stdlib"),
@@ -443,6 +446,11 @@ def _check_layers(model: Mapping) -> None:
         raise ConfigError(
             f"model.active_experts is {model['active_experts']}; it must be at most experts = "
             f"{model['experts']}"
+        )
+    if model["memory_top"] > model["memory_keys"]:
+        raise ConfigError(
+            f"model.memory_top is {model['memory_top']}; it must be at most memory_keys = "
+            f"{model['memory_keys']}"
         )
     if model["kv_heads"] % layers.heads_multiple(model):
         raise ConfigError(

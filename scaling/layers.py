@@ -29,6 +29,7 @@ FEED_FORWARDS = {
     "swiglu": "gated by silu",
     "geglu": "gated by gelu",
     "moe": "a mixture of experts, each gated by silu",
+    "memory": "a memory of values found by product keys, gated by silu",
     "none": "the layer is its mixer alone",
 }
 """Feed-forwards, and what each is."""
@@ -66,6 +67,7 @@ READ = {
     "rope_fraction": ATTENTION,
     **dict.fromkeys(("experts", "active_experts", "shared_experts", "expert_fraction"), ("moe",)),
     **dict.fromkeys(("capacity_factor", "router", "balance_loss", "router_z_loss"), ("moe",)),
+    **dict.fromkeys(("memory_keys", "memory_heads", "memory_top"), ("memory",)),
 }
 """Fields of ``model`` that some mixers or feed-forwards alone read."""
 

@@ -77,8 +77,9 @@ VECTORS = {
 }
 """Names of what multiplies or adds channel by channel, beside the norms' gains."""
 
-TAPS = {"conv"}
-"""Names of depthwise convolutions, whose fan-in is their width, the same for all shapes."""
+TAPS = {"conv", "values", "keys"}
+"""Names of what has the same fan-in at all widths: depthwise convolutions, a memory's keys and its values,
+which are looked up as the token table is."""
 
 
 @dataclasses.dataclass(frozen=True)

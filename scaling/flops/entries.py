@@ -190,6 +190,19 @@ def moe_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
     return [*entries, weights("shared experts", shared * expert)] if shared else entries
 
 
+def memory_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
+    """Queries, gate and output; all sub-keys; a table of values, of which a token sums some rows."""
+    D, n, N, k = model["d_model"], model["memory_keys"], model["memory_heads"], model["memory_top"]
+    K = model["head_dim"] // 2 * 2
+    return [
+        weights("memory projections", count * (D * N * K + 2 * D * D)),
+        weights("memory keys", count * n * N * K),
+        # rows that are looked up and summed: no matrix product holds them
+        Entry("memory values", count * n * n * D, count * N * k * D, mixing=count * 2 * N * k * D),
+        vectors("memory norm", count * (K // 2), 0),
+    ]
+
+
 def weights(name: str, params: int) -> Entry:
     """Matrices that every token is multiplied by."""
     return Entry(name, params, params, matmul=2 * params)
@@ -227,4 +240,9 @@ MIXERS: dict[str, Callable] = {
     "min_gru": functools.partial(gated_vector_entries, gates=1, name="minGRU"),
     "qlstm": functools.partial(gated_vector_entries, gates=3, name="quasi-LSTM"),
 }
-FEED_FORWARDS: dict[str, Callable] = {"swiglu": glu_entries, "geglu": glu_entries, "moe": moe_entries}
+FEED_FORWARDS: dict[str, Callable] = {
+    "swiglu": glu_entries,
+    "geglu": glu_entries,
+    "moe": moe_entries,
+    "memory": memory_entries,
+}

@@ -118,6 +118,14 @@ def moe_kept(model: Mapping, seq: int, width: int) -> Kept:
     return Kept(whole, width * D, 4 * E * k)
 
 
+def memory_kept(model: Mapping, seq: int, width: int) -> Kept:
+    """Its input through the norm, queries and scores in float32, what was found, gate and sum."""
+    D, n, N, k = model["d_model"], model["memory_keys"], model["memory_heads"], model["memory_top"]
+    q = N * model["head_dim"]
+    whole = (12 + 4 * width) * D + (8 + 2 * width) * q + N * (8 * n + 4 * k * k + 40 * k)
+    return Kept(whole, width * (2 * D + q), 8 * k * D)
+
+
 def glu_kept(model: Mapping, seq: int, width: int) -> Kept:
     """Its input through the norm, and six arrays."""
     D, F = model["d_model"], model["ffn_dim"]
@@ -142,7 +150,7 @@ MIXERS = {
     "min_gru": gated_vector_kept(1),
     "qlstm": gated_vector_kept(3),
 }
-FEED_FORWARDS = {"swiglu": glu_kept, "geglu": glu_kept, "moe": moe_kept}
+FEED_FORWARDS = {"swiglu": glu_kept, "geglu": glu_kept, "moe": moe_kept, "memory": memory_kept}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,6 +67,17 @@ def experts(rngs: nnx.Rngs, count: int, fan_in: int, fan_out: int, gain: float =
     return nnx.Param(_normal(rngs, (count, fan_in, fan_out), gain / math.sqrt(fan_in)), axes=(None, *axes))
 
 
+def stack(rngs: nnx.Rngs, lead: tuple[int, ...], rows: int, columns: int, std: float) -> nnx.Param:
+    """Float32 [*lead, rows, columns] of that standard deviation, whole on every device."""
+    shape = (*lead, rows, columns)
+    return nnx.Param(_normal(rngs, shape, std), axes=(None,) * len(shape))
+
+
+def table(rngs: nnx.Rngs, rows: int, width: int) -> nnx.Param:
+    """Rows to be looked up, float32 [rows, width], each of unit length on average (Lample et al. 2019)."""
+    return nnx.Param(_normal(rngs, (rows, width), 1 / math.sqrt(width)), axes=(None, "d_model"))
+
+
 def zeros(size: int, axis: str | None) -> nnx.Param:
     """A bias, float32 [size]."""
     return nnx.Param(jnp.zeros(size, jnp.float32), axes=(axis,))

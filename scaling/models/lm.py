@@ -20,6 +20,7 @@ from scaling.models.gated_deltanet import GatedDeltaNet
 from scaling.models.longhorn import Longhorn
 from scaling.models.mamba import Mamba
 from scaling.models.mamba2 import Mamba2
+from scaling.models.memory import Memory
 from scaling.models.min_gru import MinGRU
 from scaling.models.mlstm import MLSTM
 from scaling.models.moe import MoE
@@ -41,7 +42,7 @@ MIXERS = {
     "min_gru": MinGRU,
     "qlstm": QLSTM,
 }
-FEED_FORWARDS = {"swiglu": SwiGLU, "geglu": GeGLU, "moe": MoE}
+FEED_FORWARDS = {"swiglu": SwiGLU, "geglu": GeGLU, "moe": MoE, "memory": Memory}
 
 REMAT = {
     "none": None,

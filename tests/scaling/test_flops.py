@@ -188,6 +188,7 @@ FAMILIES = {
     "min_gru": {},
     "qlstm": {"expand": 1},
     "moe": {"experts": 6, "shared_experts": 2, "expert_fraction": 0.25, "capacity_factor": 1.3},
+    "hybrid, memory": {"pattern": ["attention+memory", "min_gru"], "memory_keys": 12, "memory_top": 5},
     "hybrid": {"pattern": ["mamba2", "full_attention", "mlstm+geglu"], "post_norm": True, "state_dim": 16},
 }
 
@@ -195,7 +196,7 @@ FAMILIES = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_ledger_of_a_family_is_its_parameters_and_every_product_that_xla_compiles(name):
     """To the last product, loops over chunks counted as often as they run."""
-    cfg = model(family=name, **FAMILIES[name])
+    cfg = model(family=name.split(",")[0], **FAMILIES[name])
     account, seq = ledger(cfg, 160), 160
     ints = jax.ShapeDtypeStruct((B, seq), np.int32)
     batch = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), ints)
@@ -340,6 +341,7 @@ MEMORY_CASES = {
     "longhorn": ({"family": "longhorn", "layers": 4, "dtype": "bfloat16"}, 4, 256),
     "min_gru": ({"family": "min_gru", "layers": 4}, 4, 256),
     "qlstm": ({"family": "qlstm", "layers": 4, "dtype": "bfloat16"}, 4, 256),
+    "memory": ({"family": "hybrid", "pattern": ["attention+memory"], "layers": 4}, 4, 256),
     "moe": (
         {"family": "moe", "layers": 4, "experts": 4, "shared_experts": 1, "expert_fraction": 0.5},
         4,

@@ -13,12 +13,14 @@ from scaling.train import Execution, train
 pytestmark = pytest.mark.slow
 # what a family needs beside a shape, small
 OWN = {
+    **{family: {} for family in FAMILIES},
     "griffin": {"local_window": 32, "layers": 3},
     "mamba2": {"state_dim": 16},
     "mamba": {"channel_state": 8},
     "longhorn": {"channel_state": 8},
     "moe": {"experts": 4, "expert_fraction": 0.5},
     "hybrid": {"pattern": ["gated_deltanet", "attention+geglu"], "local_window": 32},
+    "memory": {"family": "hybrid", "pattern": ["attention+memory", "attention"], "memory_keys": 24},
 }
 DATA = {"source": "stdlib", "seq": 128}
 SEQUENCES = 128
@@ -60,7 +62,7 @@ def bigram_loss():
 def cell(family, **train_changes):
     model = {"d_model": 48, "layers": 2, "heads": 4, "kv_heads": 4, "head_dim": 12, "ffn_dim": 128}
     return {
-        "model": {**model, "family": family, **OWN.get(family, {})},
+        "model": {**model, "family": family, **OWN[family]},
         "data": DATA,
         "optim": {"lr": 1e-2, "beta2": 0.99},
         "schedule": {"warmup_steps": 10, "decay_fraction": 0.3},
@@ -69,7 +71,7 @@ def cell(family, **train_changes):
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OWN)
 def test_a_family_learns_more_than_pairs_of_bytes(family, bigram_loss, tmp_path):
     result = train(cell(family), CellFolder(tmp_path, "c"))
     assert result["status"] == "finished" and 2.3 < bigram_loss < 2.7
@@ -77,11 +79,9 @@ def test_a_family_learns_more_than_pairs_of_bytes(family, bigram_loss, tmp_path)
     assert result["loss"] < bigram_loss - 4 * result["loss_stderr"], (result["loss"], bigram_loss)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OWN)
 def test_a_killed_run_ends_as_a_whole_one(family, corpus, tmp_path):
-    own = tiny_cell(
-        corpus, model={"kv_heads": 2, "family": family, **OWN.get(family, {})}, train={"steps": 16}
-    )
+    own = tiny_cell(corpus, model={"kv_heads": 2, "family": family, **OWN[family]}, train={"steps": 16})
 
     def files(folder):
         return {p.name: p.read_bytes() for p in (folder.result, folder.metrics, folder.config)}

@@ -41,6 +41,11 @@ CASES = {
         "expert_fraction": 0.5,
         "capacity_factor": 9.0,
     },
+    "memory": {
+        "family": "hybrid",
+        "pattern": ["attention", "min_gru+memory"],
+        **{"memory_keys": 6, "memory_heads": 3, "memory_top": 4},
+    },
     "routed hybrid": {
         "family": "hybrid",
         "pattern": ["mamba", "differential_attention+moe"],
@@ -304,7 +309,7 @@ def test_every_parameter_has_a_rule(name):
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         inside = path[0].key == "blocks"
         matrix = leaf.ndim - inside >= 2 and path[-1].key != "a_log"  # decay rates, a channel and state
-        taps = path[-1].key == "conv"
+        taps = path[-1].key in ("conv", "values", "keys")
         gain = path[-2].key.endswith("norm") if len(path) > 1 else False
         assert decays(path, leaf) == (matrix and not gain), path
         assert is_hidden_matrix(path, leaf) == (inside and matrix and not taps and not gain), path
@@ -393,6 +398,11 @@ def test_bfloat16_is_near_float32():
         ({"family": "moe", "active_experts": 9}, "model.active_experts is 9; it must be at most experts = 8"),
         ({"family": "moe", "expert_fraction": 0.3}, "model.expert_fraction is 0.3 with ffn_dim 48"),
         ({"family": "moe", "capacity_factor": 0.5}, "model.capacity_factor is 0.5"),
+        (
+            {"family": "hybrid", "pattern": ["attention+memory"], "memory_top": 40},
+            "model.memory_top is 40; it must be at most memory_keys = 32",
+        ),
+        ({"memory_keys": 8}, "model.memory_keys is 8 with model.family = 'transformer'"),
         ({"family": "moe", "router": "best"}, "model.router is 'best'"),
         ({"family": "differential", "kv_heads": 1}, "model.kv_heads is 1; 'differential_attention' pairs"),
     ],
