@@ -75,8 +75,8 @@ def cell(family, **train_changes):
 def test_a_family_learns_more_than_pairs_of_bytes(family, bigram_loss, tmp_path):
     result = train(cell(family), CellFolder(tmp_path, "c"))
     assert result["status"] == "finished" and 2.3 < bigram_loss < 2.7
-    # by several standard errors of the held-out loss, after 200 thousand bytes
-    assert result["loss"] < bigram_loss - 4 * result["loss_stderr"], (result["loss"], bigram_loss)
+    # on the same rows, after 200 thousand bytes
+    assert result["loss"] < bigram_loss - 0.05, (result["loss"], bigram_loss)
 
 
 @pytest.mark.parametrize("family", OWN)
