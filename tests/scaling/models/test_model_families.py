@@ -327,7 +327,7 @@ def test_every_parameter_has_a_rule(name):
         ("mamba2", ("mup",)),
         ("gated_deltanet", ("mup",)),
         ("xlstm", ("mup",)),
-        *((name, ("mup",)) for name in ("differential", "mamba", "longhorn", "min_gru", "qlstm", "moe")),
+        *((name, ("mup",)) for name in ("differential", "mamba", "min_gru", "qlstm", "moe")),
     ],
 )
 def test_coordinates_keep_their_size_in_width_under_mup(name, rules):
