@@ -5,11 +5,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.cost.selective_scan import CHUNK
 from pallas_kernels.linear_scan import linear_scan
 from pallas_kernels.ssd import begins, check_float, check_segments
-
-CHUNK = 64
-"""Tokens at a time: states [chunk, channels, state] are held for so many, and made again going back."""
 
 
 def selective_scan(

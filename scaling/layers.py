@@ -57,11 +57,10 @@ WHOLE = ("mamba", "mamba2", "longhorn")
 BY_DEPTH = ("differential_attention",)
 """Mixers that are told their layer's number."""
 
-SELECTIVE = ("mamba", "longhorn")
 READ = {
     "expand": ("mamba", "mamba2", "longhorn", "gated_deltanet", "min_gru", "qlstm"),
     "state_dim": ("mamba2",),
-    "channel_state": SELECTIVE,
+    "channel_state": ("mamba", "longhorn"),
     "conv_width": ("rglru", "mamba", "mamba2", "longhorn", "gated_deltanet", "min_gru", "qlstm"),
     "key_fraction": ("mlstm",),
     "rope_fraction": ATTENTION,

@@ -17,9 +17,6 @@ from scaling.data import heldout_batches
 NGRAM = 4
 """Length of what counts as repeated: three tokens and the one that they predict."""
 
-ROWS = 64
-"""Most rows of a probe."""
-
 
 def probe(evaluate: Callable, params, batches: Sequence[Mapping], heldout, seq: int, streamed: bool) -> dict:
     """All probes of a model.
@@ -141,7 +138,7 @@ def longer(heldout, seq: int, times: int, rows: int, streamed: bool) -> list[dic
     long = times * seq
     batch = max(1, rows // times)
     try:
-        batches = heldout_batches(heldout, long, batch, min(batch, ROWS))
+        batches = heldout_batches(heldout, long, batch, batch)
     except ConfigError:
         return []
     place = np.arange(long) if streamed else None

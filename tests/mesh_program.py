@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from kills import Killed
 from tiny_study import tiny_cell
 
 from scaling.digest import digest
@@ -26,10 +27,6 @@ WAYS = {
     "1,8,1": Execution(mesh=MeshShape(1, 8, 1)),
     "2,2,2 in parts": Execution(mesh=MeshShape(2, 2, 2), accumulate=2),
 }
-
-
-class Killed(BaseException):
-    pass
 
 
 def the_cell(corpus):

@@ -121,13 +121,16 @@ def selective_entries(model: Mapping, seq: int, count: int, *, rates: bool, name
     ]
 
 
-def gated_vector_entries(model: Mapping, seq: int, count: int, *, gates: int, name: str) -> list[Entry]:
+def gated_vector_entries(
+    model: Mapping, seq: int, count: int, *, gates: int, biases: int, name: str
+) -> list[Entry]:
     """minGRU and the quasi-recurrent LSTM: a convolution, a candidate, ``gates`` gates, a projection out."""
     D, R, W = model["d_model"], layers.inner_width(model), model["conv_width"]
-    biases = {1: 1, 3: 2}[gates] * R
     return [
         weights(f"{name} projections", count * (2 + gates) * D * R),
-        vectors(f"{name} convolution and vectors", count * (D * (W + 1) + biases), count * (R + D * (W - 1))),
+        vectors(
+            f"{name} convolution and vectors", count * (D * (W + 1) + biases * R), count * (R + D * (W - 1))
+        ),
     ]
 
 
@@ -193,7 +196,7 @@ def moe_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
 def memory_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
     """Queries, gate and output; all sub-keys; a table of values, of which a token sums some rows."""
     D, n, N, k = model["d_model"], model["memory_keys"], model["memory_heads"], model["memory_top"]
-    K = model["head_dim"] // 2 * 2
+    K = model["head_dim"]
     return [
         weights("memory projections", count * (D * N * K + 2 * D * D)),
         weights("memory keys", count * n * N * K),
@@ -237,8 +240,8 @@ MIXERS: dict[str, Callable] = {
     "gated_deltanet": gated_deltanet_entries,
     "longhorn": functools.partial(selective_entries, rates=False, name="Longhorn"),
     "mlstm": mlstm_entries,
-    "min_gru": functools.partial(gated_vector_entries, gates=1, name="minGRU"),
-    "qlstm": functools.partial(gated_vector_entries, gates=3, name="quasi-LSTM"),
+    "min_gru": functools.partial(gated_vector_entries, gates=1, biases=1, name="minGRU"),
+    "qlstm": functools.partial(gated_vector_entries, gates=3, biases=2, name="quasi-LSTM"),
 }
 FEED_FORWARDS: dict[str, Callable] = {
     "swiglu": glu_entries,

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from pallas_kernels.cost import attention, gated_delta_rule, ssd
+from pallas_kernels.cost import attention, gated_delta_rule, selective_scan, ssd
 from pallas_kernels.cost import linear_cross_entropy as cross_entropy
 from scaling import layers
 from scaling.flops.ledger import ledger
-
-CHUNK = 64  # of ``pallas_kernels.selective_scan``, whose file needs JAX
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +91,8 @@ def differential_kept(model: Mapping, seq: int, width: int) -> Kept:
 def selective_kept(model: Mapping, seq: int, width: int) -> Kept:
     """Projections, the convolution, the step in float32, output and gate; the states of chunks."""
     D, R, S = model["d_model"], layers.inner_width(model), model["channel_state"]
-    whole = (8 + width) * D + (16 + 8 * width) * R + 3 * width * S + _state(S, R, CHUNK)
-    return Kept(whole, width * (D + 3 * R + 2 * S), 11 * _state(S, R, seq / CHUNK))
+    whole = (8 + width) * D + (16 + 8 * width) * R + 3 * width * S + _state(S, R, selective_scan.CHUNK)
+    return Kept(whole, width * (D + 3 * R + 2 * S), 11 * _state(S, R, seq / selective_scan.CHUNK))
 
 
 def gated_vector_kept(gates: int):

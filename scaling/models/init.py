@@ -23,10 +23,22 @@ _TRUNCATED_STD = 0.87962566103423978
 
 
 def matrix(
-    rngs: nnx.Rngs, fan_in: int, fan_out: int, gain: float = 1.0, axes: tuple[str, str] | None = None
+    rngs: nnx.Rngs,
+    fan_in: int,
+    fan_out: int,
+    gain: float = 1.0,
+    axes: tuple[str, str] | None = None,
+    *,
+    count: int | None = None,
 ) -> nnx.Param:
-    """A float32 [fan_in, fan_out] parameter, by the rule above; ``axes``: see ``scaling.mesh.AXES``."""
-    return nnx.Param(_normal(rngs, (fan_in, fan_out), gain / math.sqrt(fan_in)), axes=axes)
+    """A float32 [fan_in, fan_out] parameter, by the rule above; ``axes``: see ``scaling.mesh.AXES``.
+
+    With ``count`` so many of them, [count, fan_in, fan_out].
+    """
+    shape = (fan_in, fan_out)
+    if count is not None:
+        shape, axes = (count, *shape), (None, *axes)
+    return nnx.Param(_normal(rngs, shape, gain / math.sqrt(fan_in)), axes=axes)
 
 
 def block_diagonal(rngs: nnx.Rngs, blocks: int, size: int, axis: str) -> nnx.Param:
@@ -62,20 +74,10 @@ def normal(rngs: nnx.Rngs, size: int, std: float) -> nnx.Param:
     return nnx.Param(std * jax.random.normal(rngs.params(), (size,), jnp.float32), axes=(None,))
 
 
-def experts(rngs: nnx.Rngs, count: int, fan_in: int, fan_out: int, gain: float = 1.0, axes=None) -> nnx.Param:
-    """Float32 [count, fan_in, fan_out]: each expert's matrix by the rule above."""
-    return nnx.Param(_normal(rngs, (count, fan_in, fan_out), gain / math.sqrt(fan_in)), axes=(None, *axes))
-
-
-def stack(rngs: nnx.Rngs, lead: tuple[int, ...], rows: int, columns: int, std: float) -> nnx.Param:
-    """Float32 [*lead, rows, columns] of that standard deviation, whole on every device."""
-    shape = (*lead, rows, columns)
-    return nnx.Param(_normal(rngs, shape, std), axes=(None,) * len(shape))
-
-
-def table(rngs: nnx.Rngs, rows: int, width: int) -> nnx.Param:
-    """Rows to be looked up, float32 [rows, width], each of unit length on average (Lample et al. 2019)."""
-    return nnx.Param(_normal(rngs, (rows, width), 1 / math.sqrt(width)), axes=(None, "d_model"))
+def table(rngs: nnx.Rngs, rows: int, width: int, axis: str | None, lead: tuple[int, ...] = ()) -> nnx.Param:
+    """Rows to be looked up, float32 [*lead, rows, width], about of unit length (Lample et al. 2019)."""
+    values = _normal(rngs, (*lead, rows, width), 1 / math.sqrt(width))
+    return nnx.Param(values, axes=(None,) * (1 + len(lead)) + (axis,))
 
 
 def zeros(size: int, axis: str | None) -> nnx.Param:

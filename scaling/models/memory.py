@@ -19,12 +19,12 @@ class Memory(nnx.Module):
     """
 
     def __init__(self, cfg, rngs: nnx.Rngs):
-        D, n, N, half = cfg["d_model"], cfg["memory_keys"], cfg["memory_heads"], cfg["head_dim"] // 2
+        D, n, N, H = cfg["d_model"], cfg["memory_keys"], cfg["memory_heads"], cfg["head_dim"]
         gain = init.residual_gain(parametrization.residual_branches(cfg))
-        self.q = init.matrix(rngs, D, N * 2 * half, axes=("d_model", None))
-        self.q_norm = RMSNorm(half, cfg["norm_eps"])
-        self.keys = init.stack(rngs, (2, N), n, half, half**-0.5)
-        self.values = init.table(rngs, n * n, D)
+        self.q = init.matrix(rngs, D, N * H, axes=("d_model", None))
+        self.q_norm = RMSNorm(H // 2, cfg["norm_eps"])
+        self.keys = init.table(rngs, n, H // 2, None, lead=(2, N))
+        self.values = init.table(rngs, n * n, D, "d_model")
         self.gate = init.matrix(rngs, D, D, axes=("d_model", None))
         self.out = init.matrix(rngs, D, D, gain, axes=(None, "d_model"))
         self.heads, self.top = N, cfg["memory_top"]

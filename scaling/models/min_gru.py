@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import causal_conv1d, linear_scan
+from pallas_kernels import linear_scan
 from scaling import layers, parametrization
 from scaling.models import init
+from scaling.models.recurrence import Convolution
 
 
 class MinGRU(nnx.Module):
@@ -20,8 +21,7 @@ class MinGRU(nnx.Module):
     def __init__(self, cfg, rngs: nnx.Rngs):
         D, R = cfg["d_model"], layers.inner_width(cfg)
         gain = init.residual_gain(parametrization.residual_branches(cfg))
-        self.conv = init.convolution(rngs, cfg["conv_width"], D, "d_model")
-        self.conv_bias = init.zeros(D, "d_model")
+        self.conv = Convolution(rngs, cfg["conv_width"], D, "d_model", activation=None)
         self.x = init.matrix(rngs, D, R, axes=("d_model", "heads"))
         self.f_gate = init.matrix(rngs, D, R, axes=("d_model", "heads"))
         self.f_bias = init.time_scales(rngs, R, "heads")
@@ -32,7 +32,7 @@ class MinGRU(nnx.Module):
     def __call__(self, x_BTD, rope, segment_ids_BT):
         """[B, T, D] to [B, T, D], in the compute dtype; segments None: one document a row."""
         w_x, w_f, w_out = (w[...].astype(self.dtype) for w in (self.x, self.f_gate, self.out))
-        u_BTD = causal_conv1d(x_BTD, self.conv[...], self.conv_bias[...], segment_ids=segment_ids_BT)
+        u_BTD = self.conv(x_BTD, segment_ids_BT)
         x_BTR = self.matmul(u_BTD, w_x).astype(jnp.float32)
         raw_BTR = self.matmul(u_BTD, w_f).astype(jnp.float32) + self.f_bias[...]
         candidate_BTR = jnp.where(x_BTR > 0, x_BTR + 0.5, jax.nn.sigmoid(x_BTR))

@@ -31,9 +31,9 @@ class MoE(nnx.Module):
         D, E, F = cfg["d_model"], cfg["experts"], layers.expert_dim(cfg)
         gain = init.residual_gain(parametrization.residual_branches(cfg))
         self.router = init.matrix(rngs, D, E, axes=("d_model", None))
-        self.gate = init.experts(rngs, E, D, F, axes=("d_model", "ffn_dim"))
-        self.up = init.experts(rngs, E, D, F, axes=("d_model", "ffn_dim"))
-        self.down = init.experts(rngs, E, F, D, gain, axes=("ffn_dim", "d_model"))
+        self.gate = init.matrix(rngs, D, F, axes=("d_model", "ffn_dim"), count=E)
+        self.up = init.matrix(rngs, D, F, axes=("d_model", "ffn_dim"), count=E)
+        self.down = init.matrix(rngs, F, D, gain, axes=("ffn_dim", "d_model"), count=E)
         self.has_shared = cfg["shared_experts"] > 0
         if self.has_shared:
             self.shared = SwiGLU({**cfg, "ffn_dim": cfg["shared_experts"] * F}, rngs)

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import causal_conv1d, linear_scan
+from pallas_kernels import linear_scan
 from scaling import layers, parametrization
 from scaling.models import init
+from scaling.models.recurrence import Convolution
 
 
 class QLSTM(nnx.Module):
@@ -20,8 +21,7 @@ class QLSTM(nnx.Module):
     def __init__(self, cfg, rngs: nnx.Rngs):
         D, R = cfg["d_model"], layers.inner_width(cfg)
         gain = init.residual_gain(parametrization.residual_branches(cfg))
-        self.conv = init.convolution(rngs, cfg["conv_width"], D, "d_model")
-        self.conv_bias = init.zeros(D, "d_model")
+        self.conv = Convolution(rngs, cfg["conv_width"], D, "d_model", activation=None)
         self.z = init.matrix(rngs, D, R, axes=("d_model", "heads"))
         self.i_gate = init.matrix(rngs, D, R, axes=("d_model", "heads"))
         self.f_gate = init.matrix(rngs, D, R, axes=("d_model", "heads"))
@@ -34,7 +34,7 @@ class QLSTM(nnx.Module):
 
     def __call__(self, x_BTD, rope, segment_ids_BT):
         """[B, T, D] to [B, T, D], in the compute dtype; segments None: one document a row."""
-        u_BTD = causal_conv1d(x_BTD, self.conv[...], self.conv_bias[...], segment_ids=segment_ids_BT)
+        u_BTD = self.conv(x_BTD, segment_ids_BT)
 
         def product(name):
             return self.matmul(u_BTD, getattr(self, name)[...].astype(self.dtype))

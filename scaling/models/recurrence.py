@@ -23,15 +23,26 @@ def log_decay(raw_BTN, a_log_N, dt_bias_N):
 
 
 class Convolution(nnx.Module):
-    """silu of a depthwise causal convolution with a bias, inside documents."""
+    """``activation`` (None: none) of a depthwise causal convolution with a bias, inside documents."""
 
-    def __init__(self, rngs: nnx.Rngs, width: int, channels: int, axis: str | None, bias: bool = True):
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        width: int,
+        channels: int,
+        axis: str | None,
+        bias: bool = True,
+        activation: str | None = "silu",
+    ):
         self.conv = init.convolution(rngs, width, channels, axis)
         self.conv_bias = init.zeros(channels, axis) if bias else None
+        self.activation = activation
 
     def __call__(self, x_BTC, segment_ids_BT):
         bias = None if self.conv_bias is None else self.conv_bias[...]
-        return causal_conv1d(x_BTC, self.conv[...], bias, activation="silu", segment_ids=segment_ids_BT)
+        return causal_conv1d(
+            x_BTC, self.conv[...], bias, activation=self.activation, segment_ids=segment_ids_BT
+        )
 
 
 class HeadNorm(nnx.Module):

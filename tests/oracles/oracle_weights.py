@@ -54,3 +54,43 @@ def compare(apply, params, model):
 def taps(conv):
     """[width, channels] to PyTorch's depthwise [channels, 1, width]."""
     return conv.T[:, None]
+
+
+def shape_of(cfg):
+    """What the configs of all models there take."""
+    return {
+        "vocab_size": cfg["vocab"],
+        "hidden_size": cfg["d_model"],
+        "num_hidden_layers": cfg["layers"],
+        "tie_word_embeddings": False,
+    }
+
+
+def attention_of(cfg):
+    """What the configs of models with attention take besides."""
+    return {
+        "num_attention_heads": cfg["heads"],
+        "num_key_value_heads": cfg["kv_heads"],
+        "rms_norm_eps": cfg["norm_eps"],
+        "attn_implementation": "eager",
+    }
+
+
+def outside(params, embedding="model.embed_tokens", norm="model.norm"):
+    """Embedding, final norm and head."""
+    return {
+        f"{embedding}.weight": params["embed"]["table"],
+        f"{norm}.weight": params["final_norm"]["scale"],
+        "lm_head.weight": params["head"].T,
+    }
+
+
+def projections(mixer, prefix):
+    """Of attention."""
+    names = ("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("out", "o_proj")
+    return {f"{prefix}{theirs}.weight": mixer[ours].T for ours, theirs in names}
+
+
+def feed_forward(ffn, prefix):
+    """Gate, up and down."""
+    return {f"{prefix}{k}_proj.weight": ffn[k].T for k in ("gate", "up", "down")}

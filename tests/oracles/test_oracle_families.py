@@ -12,7 +12,21 @@ torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 
 from flax import nnx  # noqa: E402
-from oracle_weights import BASE, B, T, block, compare, loaded, model_of, taps  # noqa: E402
+from oracle_weights import (  # noqa: E402
+    BASE,
+    B,
+    T,
+    attention_of,
+    block,
+    compare,
+    feed_forward,
+    loaded,
+    model_of,
+    outside,
+    projections,
+    shape_of,
+    taps,
+)
 
 from scaling.config import validate_section  # noqa: E402
 from scaling.models.gated_deltanet import GatedDeltaNet  # noqa: E402
@@ -28,17 +42,11 @@ def gemma_norm(scale):
 def test_griffin_is_recurrent_gemma():
     cfg, apply, params = model_of(family="griffin", local_window=9, rope_fraction=0.5, logits_soft_cap=30.0)
     config = transformers.RecurrentGemmaConfig(
-        num_hidden_layers=cfg["layers"],
-        vocab_size=cfg["vocab"],
-        hidden_size=cfg["d_model"],
+        **shape_of(cfg),
+        **attention_of(cfg),
         intermediate_size=2 * cfg["ffn_dim"],
-        num_attention_heads=cfg["heads"],
-        num_key_value_heads=cfg["kv_heads"],
         attention_window_size=cfg["local_window"],
         logits_soft_cap=30.0,
-        rms_norm_eps=cfg["norm_eps"],
-        tie_word_embeddings=False,
-        attn_implementation="eager",
     )
     weights = {
         "model.embed_tokens.weight": params["embed"]["table"] / cfg["d_model"] ** 0.5,
@@ -52,10 +60,9 @@ def test_griffin_is_recurrent_gemma():
             prefix + "temporal_pre_norm.weight": gemma_norm(own["mixer_norm"]["scale"]),
             prefix + "channel_pre_norm.weight": gemma_norm(own["ffn_norm"]["scale"]),
         }
-        weights |= {f"{prefix}mlp_block.{k}_proj.weight": own["ffn"][k].T for k in ("gate", "up", "down")}
+        weights |= feed_forward(own["ffn"], prefix + "mlp_block.")
         if i % 3 == 2:
-            names = ("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("out", "o_proj")
-            weights |= {f"{temporal}{theirs}.weight": mixer[ours].T for ours, theirs in names}
+            weights |= projections(mixer, temporal)
             continue
         heads = (cfg["heads"], cfg["head_dim"])
         weights |= {
@@ -81,24 +88,17 @@ def test_mamba2():
     cfg, apply, params = model_of(family="mamba2", state_dim=24, conv_width=3)
     heads = cfg["expand"] * cfg["heads"]
     config = transformers.Mamba2Config(
+        **shape_of(cfg),
         num_heads=heads,
         head_dim=cfg["head_dim"],
-        vocab_size=cfg["vocab"],
-        hidden_size=cfg["d_model"],
         state_size=cfg["state_dim"],
-        num_hidden_layers=cfg["layers"],
         layer_norm_epsilon=cfg["norm_eps"],
         expand=cfg["expand"],
         conv_kernel=cfg["conv_width"],
         n_groups=1,
         chunk_size=32,
-        tie_word_embeddings=False,
     )
-    weights = {
-        "backbone.embeddings.weight": params["embed"]["table"],
-        "backbone.norm_f.weight": params["final_norm"]["scale"],
-        "lm_head.weight": params["head"].T,
-    }
+    weights = outside(params, "backbone.embeddings", "backbone.norm_f")
     for i in range(cfg["layers"]):
         own = block(cfg, params, i)
         m, prefix = own["mixer"], f"backbone.layers.{i}."
@@ -120,9 +120,7 @@ def test_mamba2():
 def test_xlstm():
     cfg, apply, params = model_of(family="xlstm", logits_soft_cap=30.0)
     config = transformers.xLSTMConfig(
-        vocab_size=cfg["vocab"],
-        hidden_size=cfg["d_model"],
-        num_hidden_layers=cfg["layers"],
+        **shape_of(cfg),
         num_heads=cfg["heads"],
         norm_eps=cfg["norm_eps"],
         qk_dim_factor=cfg["key_fraction"],
@@ -130,13 +128,8 @@ def test_xlstm():
         ffn_round_up_to_multiple_of=16,
         output_logit_soft_cap=30.0,
         autocast_kernel_dtype="float32",
-        tie_word_embeddings=False,
     )
-    weights = {
-        "backbone.embeddings.weight": params["embed"]["table"],
-        "backbone.out_norm.weight": params["final_norm"]["scale"],
-        "lm_head.weight": params["head"].T,
-    }
+    weights = outside(params, "backbone.embeddings", "backbone.out_norm")
     for i in range(cfg["layers"]):
         own = block(cfg, params, i)
         m, ffn, layer = own["mixer"], own["ffn"], f"backbone.blocks.{i}.mlstm_layer."
@@ -163,21 +156,15 @@ def test_gemma2():
         family="hybrid", pattern=layers, local_window=9, post_norm=True, layers=5, **caps
     )
     config = transformers.Gemma2Config(
-        vocab_size=cfg["vocab"],
-        hidden_size=cfg["d_model"],
+        **shape_of(cfg),
+        **attention_of(cfg),
         intermediate_size=cfg["ffn_dim"],
-        num_hidden_layers=cfg["layers"],
-        num_attention_heads=cfg["heads"],
-        num_key_value_heads=cfg["kv_heads"],
         head_dim=cfg["head_dim"],
         query_pre_attn_scalar=cfg["head_dim"],
-        rms_norm_eps=cfg["norm_eps"],
         sliding_window=cfg["local_window"],
         layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
         final_logit_softcapping=30.0,
         attn_logit_softcapping=2.0,
-        tie_word_embeddings=False,
-        attn_implementation="eager",
     )
     weights = {
         "model.embed_tokens.weight": params["embed"]["table"] / cfg["d_model"] ** 0.5,
@@ -192,9 +179,8 @@ def test_gemma2():
     )
     for i in range(cfg["layers"]):
         own, prefix = block(cfg, params, i), f"model.layers.{i}."
-        names = ("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("out", "o_proj")
-        weights |= {f"{prefix}self_attn.{theirs}.weight": own["mixer"][k].T for k, theirs in names}
-        weights |= {f"{prefix}mlp.{k}_proj.weight": own["ffn"][k].T for k in ("gate", "up", "down")}
+        weights |= projections(own["mixer"], prefix + "self_attn.")
+        weights |= feed_forward(own["ffn"], prefix + "mlp.")
         weights |= {f"{prefix}{theirs}.weight": gemma_norm(own[k]["scale"]) for k, theirs in norms}
     compare(apply, params, loaded(transformers.Gemma2ForCausalLM(config), weights))
 

@@ -9,22 +9,26 @@ torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 
 from flax import nnx  # noqa: E402
-from oracle_weights import B, T, block, compare, loaded, model_of, taps  # noqa: E402
+from oracle_weights import (  # noqa: E402
+    B,
+    T,
+    attention_of,
+    block,
+    compare,
+    feed_forward,
+    loaded,
+    model_of,
+    outside,
+    projections,
+    shape_of,
+    taps,
+)
 
 from scaling.config import validate_section  # noqa: E402
 from scaling.layers import dt_rank, expert_dim  # noqa: E402
 from scaling.models.moe import MoE  # noqa: E402
 
 pytestmark = pytest.mark.oracle
-
-
-def outside(params, prefix="model.", norm="norm"):
-    """Embedding, final norm and head by the names of most models there."""
-    return {
-        f"{prefix}embed_tokens.weight": params["embed"]["table"],
-        f"{prefix}{norm}.weight": params["final_norm"]["scale"],
-        "lm_head.weight": params["head"].T,
-    }
 
 
 def pre_norms(own, prefix):
@@ -38,15 +42,9 @@ def pre_norms(own, prefix):
 def test_differential_is_diff_llama(kv_heads):
     cfg, apply, params = model_of(family="differential", heads=8, head_dim=8, kv_heads=kv_heads)
     config = transformers.DiffLlamaConfig(
-        vocab_size=cfg["vocab"],
-        hidden_size=cfg["d_model"],
+        **shape_of(cfg),
+        **attention_of(cfg),
         intermediate_size=cfg["ffn_dim"],
-        num_hidden_layers=cfg["layers"],
-        num_attention_heads=cfg["heads"],
-        num_key_value_heads=kv_heads,
-        rms_norm_eps=cfg["norm_eps"],
-        tie_word_embeddings=False,
-        attn_implementation="eager",
     )
     # theirs pair head i with i + heads / 2, ours those beside each other in a pair of key-value heads
     K, H, D = kv_heads, cfg["head_dim"], cfg["d_model"]
@@ -62,7 +60,7 @@ def test_differential_is_diff_llama(kv_heads):
         own, prefix = block(cfg, params, i), f"model.layers.{i}."
         m, attention = own["mixer"], prefix + "self_attn."
         weights |= pre_norms(own, prefix)
-        weights |= {f"{prefix}mlp.{k}_proj.weight": own["ffn"][k].T for k in ("gate", "up", "down")}
+        weights |= feed_forward(own["ffn"], prefix + "mlp.")
         weights |= {attention + name: m[name] for name in m if name.startswith("lambda")}
         weights |= {
             attention + "q_proj.weight": theirs(m["q"], cfg["heads"] // K),
@@ -76,21 +74,14 @@ def test_differential_is_diff_llama(kv_heads):
 def test_mamba():
     cfg, apply, params = model_of(family="mamba", channel_state=6, conv_width=3)
     config = transformers.MambaConfig(
-        vocab_size=cfg["vocab"],
-        hidden_size=cfg["d_model"],
+        **shape_of(cfg),
         state_size=cfg["channel_state"],
-        num_hidden_layers=cfg["layers"],
         layer_norm_epsilon=cfg["norm_eps"],
         expand=cfg["expand"],
         conv_kernel=cfg["conv_width"],
         time_step_rank=dt_rank(cfg),
-        tie_word_embeddings=False,
     )
-    weights = {
-        "backbone.embeddings.weight": params["embed"]["table"],
-        "backbone.norm_f.weight": params["final_norm"]["scale"],
-        "lm_head.weight": params["head"].T,
-    }
+    weights = outside(params, "backbone.embeddings", "backbone.norm_f")
     for i in range(cfg["layers"]):
         own, prefix = block(cfg, params, i), f"backbone.layers.{i}."
         m, mixer = own["mixer"], prefix + "mixer."
@@ -123,25 +114,18 @@ def test_mixtral():
         family="moe", experts=5, active_experts=2, expert_fraction=0.5, capacity_factor=2.5
     )
     config = transformers.MixtralConfig(
-        vocab_size=cfg["vocab"],
-        hidden_size=cfg["d_model"],
+        **shape_of(cfg),
+        **attention_of(cfg),
         intermediate_size=expert_dim(cfg),
-        num_hidden_layers=cfg["layers"],
-        num_attention_heads=cfg["heads"],
-        num_key_value_heads=cfg["kv_heads"],
         head_dim=cfg["head_dim"],
         num_local_experts=cfg["experts"],
         num_experts_per_tok=cfg["active_experts"],
-        rms_norm_eps=cfg["norm_eps"],
         rope_parameters={"rope_type": "default", "rope_theta": cfg["rope_theta"]},
-        tie_word_embeddings=False,
-        attn_implementation="eager",
     )
     weights = outside(params)
     for i in range(cfg["layers"]):
         own, prefix = block(cfg, params, i), f"model.layers.{i}."
-        names = ("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("out", "o_proj")
-        weights |= {f"{prefix}self_attn.{theirs}.weight": own["mixer"][k].T for k, theirs in names}
+        weights |= projections(own["mixer"], prefix + "self_attn.")
         weights |= pre_norms(own, prefix) | expert_weights(own["ffn"], prefix + "mlp.", "gate")
     compare(apply, params, loaded(transformers.MixtralForCausalLM(config), weights))
 

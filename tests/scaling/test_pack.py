@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from kills import Killed, files
 from tiny_study import tiny_cell
 
 from scaling.config import ConfigError, cell_id
@@ -36,19 +37,11 @@ def alone(cells, tmp_path):
     return out
 
 
-def files(job):
-    return {p.name: p.read_bytes() for p in (job.folder.result, job.folder.metrics, job.folder.config)}
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the program catches it."""
-
-
 def test_in_turns_every_file_is_that_of_the_cell_alone(cells, alone, tmp_path):
     together = jobs(cells, tmp_path / "pack")
     results = train_pack(together, Execution(together="turns"))
     assert [r["status"] for r in results] == ["finished", "finished", "finished", "diverged"]
-    assert [files(a) for a in alone] == [files(b) for b in together]
+    assert [files(a.folder) for a in alone] == [files(b.folder) for b in together]
 
 
 def test_killed_packs_resume_in_any_company(cells, alone, tmp_path):
@@ -71,7 +64,7 @@ def test_killed_packs_resume_in_any_company(cells, alone, tmp_path):
         with pytest.raises(Killed):
             train_pack([broken[i] for i in members], execution, kill_after(count))
     train_pack(broken, execution)
-    assert [files(a) for a in alone] == [files(b) for b in broken]
+    assert [files(a.folder) for a in alone] == [files(b.folder) for b in broken]
 
 
 def test_vmapped_cells_are_the_cells_alone_to_rounding(cells, alone, tmp_path):

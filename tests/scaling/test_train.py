@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import optax
 import pytest
+from kills import Killed, files, kill_after
 from tiny_study import tiny_cell
 
 from scaling.config import ConfigError, cell_id, validate_cell
@@ -17,22 +18,6 @@ from scaling.train import Execution, train
 @pytest.fixture
 def cell(corpus):
     return tiny_cell(corpus)
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the program catches it."""
-
-
-def kill_after(step):
-    def on_metrics(row):
-        if row["step"] >= step:
-            raise Killed
-
-    return on_metrics
-
-
-def files(folder):
-    return {p.name: p.read_bytes() for p in (folder.result, folder.metrics, folder.config)}
 
 
 def test_resume_is_bit_identical(cell, tmp_path):

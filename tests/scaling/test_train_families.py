@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from kills import Killed, files, kill_after
 from tiny_study import tiny_cell
 
 from scaling.config import validate_cell
@@ -24,18 +25,6 @@ OWN = {
 }
 DATA = {"source": "stdlib", "seq": 128}
 SEQUENCES = 128
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the program catches it."""
-
-
-def kill_after(step):
-    def on_metrics(row):
-        if row["step"] >= step:
-            raise Killed
-
-    return on_metrics
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +71,6 @@ def test_a_family_learns_more_than_pairs_of_bytes(family, bigram_loss, tmp_path)
 @pytest.mark.parametrize("family", OWN)
 def test_a_killed_run_ends_as_a_whole_one(family, corpus, tmp_path):
     own = tiny_cell(corpus, model={"kv_heads": 2, "family": family, **OWN[family]}, train={"steps": 16})
-
-    def files(folder):
-        return {p.name: p.read_bytes() for p in (folder.result, folder.metrics, folder.config)}
 
     whole, broken = CellFolder(tmp_path, "whole"), CellFolder(tmp_path, "broken")
     train(own, whole)

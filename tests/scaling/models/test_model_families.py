@@ -202,7 +202,7 @@ def longhorn(x, p, cfg):
 
 
 def min_gru(x, p, cfg):
-    u = convolved(x, p)
+    u = convolved(x, p["conv"])
     f, raw = sigmoid(u @ p["f_gate"] + p["f_bias"]), u @ p["x"]
     candidate = np.where(raw > 0, raw + 0.5, sigmoid(raw))
     h, out = np.zeros(f.shape[1]), []
@@ -213,7 +213,7 @@ def min_gru(x, p, cfg):
 
 
 def qlstm(x, p, cfg):
-    u = convolved(x, p)
+    u = convolved(x, p["conv"])
     i, f = (sigmoid(u @ p[f"{g}_gate"] + p[f"{g}_bias"]) for g in "if")
     c, out = np.zeros(f.shape[1]), []
     for t in range(len(x)):
