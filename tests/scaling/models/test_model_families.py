@@ -327,7 +327,7 @@ def test_every_parameter_has_a_rule(name):
         ("mamba2", ("mup",)),
         ("gated_deltanet", ("mup",)),
         ("xlstm", ("mup",)),
-        *((name, ("mup",)) for name in ("differential", "mamba", "min_gru", "qlstm", "moe")),
+        *((name, ("mup",)) for name in ("differential", "mamba", "longhorn", "min_gru", "qlstm", "moe")),
     ],
 )
 def test_coordinates_keep_their_size_in_width_under_mup(name, rules):
@@ -343,7 +343,9 @@ def test_coordinates_keep_their_size_in_width_under_mup(name, rules):
             base = {"parametrization": "mup", "base_d_model": 16} if rule == "mup" else {}
             shape = {"d_model": width, "heads": heads, "kv_heads": heads, "ffn_dim": 2 * width, "layers": 6}
             cfg = model(**{**CASES[name], **shape, **base})
-            found.append(sizes(cfg, lr=0.02, steps=3, seeds=(0,))["stream"]["change"])
+            # at 0.02 three steps change Longhorn's stream to ten times its size, where no rule speaks
+            lr = 0.005 if name == "longhorn" else 0.02
+            found.append(sizes(cfg, lr=lr, steps=3, seeds=(0,))["stream"]["change"])
         changes[rule] = found[1] / found[0]
     # a factor of 4 in width: standard grows with it (Adam's updates align), muP stays
     assert 0.5 < changes["mup"] < 1.5
