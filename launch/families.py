@@ -169,7 +169,8 @@ def judged(speedup: Mapping) -> dict:
     """A speed-up with its interval, and whether it tells the two apart."""
     got = speedup["speedup"]
     ends = got["95"]
-    apart = ends is not None and all(isinstance(v, float) for v in ends) and not ends[0] <= 1 <= ends[1]
+    low, high = (None, None) if ends is None else (np.inf if v == "infinite" else v for v in ends)
+    apart = None not in (low, high) and not low <= 1 <= high
     return {"multiplier": got["estimate"], "interval": ends, "apart": apart,
             "loss_reference": speedup["loss_a"], "loss": speedup["loss_b"]}  # fmt: skip
 

@@ -38,11 +38,12 @@ def interval(found: Mapping | None) -> str:
     if not found or found.get("estimate") is None:
         return "none"
     ends = found.get("95")
-    return f"{found['estimate']:.3g}" + (f" ({ends[0]:.3g} to {ends[1]:.3g})" if numbers(ends) else "")
+    return number(found["estimate"]) + (f" ({number(ends[0])} to {number(ends[1])})" if ends else "")
 
 
-def numbers(ends) -> bool:
-    return bool(ends) and all(isinstance(v, (int, float)) for v in ends)
+def number(value) -> str:
+    """A number as a table has it, or the word in its place ("infinite")."""
+    return f"{value:.3g}" if isinstance(value, (int, float)) else str(value)
 
 
 def multipliers(result: Mapping, axis: str) -> tuple[list[str], list[list[str]], list[str]]:
@@ -67,11 +68,8 @@ def multipliers(result: Mapping, axis: str) -> tuple[list[str], list[list[str]],
 def told(row: Mapping) -> str:
     """A multiplier with its interval, and in plain words where it tells nothing."""
     value, ends = row["multiplier"], row["interval"]
-    text = f"{value:.3g}" if isinstance(value, (int, float)) else str(value)
-    if numbers(ends):
-        text += f" ({ends[0]:.3g} to {ends[1]:.3g})"
-    elif ends:
-        text += f" ({' to '.join(map(str, ends))})"
+    text = "no answer" if value is None else number(value)
+    text += f" ({number(ends[0])} to {number(ends[1])})" if ends else ", no interval"
     return text if row["apart"] else text + ", cannot be told apart"
 
 

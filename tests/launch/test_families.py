@@ -7,8 +7,9 @@ import pytest
 from test_cli import called, refused
 from tiny_study import tiny_study
 
-from launch.families import load, study_of
+from launch.families import judged, load, study_of
 from launch.family_costs import ByTheToken
+from launch.show_families import told
 from scaling.recipe import round4
 from scaling.records import read_manifest
 
@@ -74,6 +75,23 @@ def test_sections_of_a_family_lie_on_top(corpus, tmp_path):
     own = study_of(config, "recurrent", 2.0)
     assert own["model"] == {"head_dim": 8, "family": "xlstm"} and own["recipe"]["lr"] == 0.02
     assert own["name"] == "both-recurrent" and study_of(config, "transformer")["model"] == {"head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("estimate", "ends", "apart", "words"),
+    [
+        (2.0, [1.2, 3.4567], True, "2 (1.2 to 3.46)"),
+        (2.0, [0.9, 3.0], False, "2 (0.9 to 3), cannot be told apart"),
+        (2.8157, [1.80712, "infinite"], True, "2.82 (1.81 to infinite)"),
+        ("infinite", [0.5, "infinite"], False, "infinite (0.5 to infinite), cannot be told apart"),
+        (0.5, None, False, "0.5, no interval, cannot be told apart"),
+        (None, None, False, "no answer, no interval, cannot be told apart"),
+    ],
+)
+def test_a_multiplier_tells_apart_where_its_interval_leaves_one_out(estimate, ends, apart, words):
+    speedup = {"estimate": estimate, "95": ends}
+    row = judged({"speedup": speedup, "loss_a": 1.0, "loss_b": 1.0})
+    assert row["apart"] is apart and told(row) == words
 
 
 def test_cost_by_the_token_is_linear_in_logs_and_goes_on_with_the_end_slopes():
