@@ -1,13 +1,29 @@
-"""Selective state spaces, a small state a channel: Mamba's recurrence and Longhorn's, by ``linear_scan``."""
+"""Selective state spaces, a small state a channel: Mamba's recurrence and Longhorn's."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dispatch
 from pallas_kernels.cost.selective_scan import CHUNK
-from pallas_kernels.linear_scan import linear_scan
 from pallas_kernels.ssd import begins, check_float, check_segments
+from pallas_kernels.xla import selective_scan as xla
+
+IMPLEMENTATIONS = {
+    "xla_chunked": dispatch.Implementation(xla.in_place, xla.in_place_backward),
+    **{
+        name: dispatch.Implementation(
+            functools.partial(xla.by_chunks, implementation=name),
+            functools.partial(xla.by_chunks_backward, implementation=name),
+        )
+        for name in ("xla", "pallas_tpu", "pallas_gpu")
+    },
+}
+
+# token by token is quickest on a CPU and slowest where steps are cheap beside their start
+PREFERRED = {"tpu": ("pallas_tpu",), "cuda": ("xla",), "cpu": ("xla_chunked",)}
 
 
 def selective_scan(
@@ -38,7 +54,9 @@ def selective_scan(
       h0: [B, E, S], the state before the first token; zeros where None.
       segment_ids: int [B, T]; the state is zero again where the id differs from the token before.
       chunk: tokens at a time, at least 1.
-      implementation: of ``linear_scan``.
+      implementation: None, ``"xla_chunked"`` (token by token: fastest on a CPU), ``"xla"``, ``"pallas_tpu"``,
+        ``"pallas_gpu"`` (the states of a chunk by ``linear_scan`` of that name), or names in order of
+        preference; a single name is taken or refused, never replaced.
 
     Returns:
       (y [B, T, E] in the dtype of ``u``, h_last [B, E, S] in float32, or float64 for float64).
@@ -52,32 +70,43 @@ def selective_scan(
     check_segments(segment_ids, u.shape[:2])
     dtype = jnp.promote_types(u.dtype, jnp.float32)
     (B, T, E), S = u.shape, key.shape[-1]
-    h = jnp.zeros((B, E, S), dtype) if h0 is None else jnp.asarray(h0).astype(dtype)
-    rate = None if rate is None else jnp.asarray(rate).astype(dtype)
+    h0 = jnp.zeros((B, E, S), dtype) if h0 is None else jnp.asarray(h0).astype(dtype)
+    rate = None if rate is None else jnp.asarray(rate).astype(dtype).T
     chunk = min(chunk, T)
-    short = -T % chunk
-    # tokens of no effect: dt = 0 keeps the state as it is
-    arrays = [jnp.pad(x, ((0, 0), (0, short), (0, 0))) for x in (u, dt, key, query)]
-    if segment_ids is not None:
-        # the first token continues whatever h0 is of
-        arrays.append(jnp.pad(begins(segment_ids), ((0, 0), (0, short))))
-    chunks = [x.reshape(B, -1, chunk, *x.shape[2:]).swapaxes(0, 1) for x in arrays]
+    # the first token continues whatever h0 is of
+    fresh = None if segment_ids is None else begins(segment_ids) > 0
+    # tokens of no effect fill up the last chunk: dt = 0 keeps the state as it is
+    tokens = jax.tree.map(lambda x: _in_chunks(x, chunk), (u, dt, key, query, fresh))
+    choice = dispatch.choose("selective_scan", implementation, IMPLEMENTATIONS, preferred=PREFERRED)
+    y, h_last = _selective_scan(rate, h0.swapaxes(1, 2), tokens, choice)
+    y = jnp.moveaxis(y, 2, 0).reshape(B, -1, E)[:, :T]
+    return y.astype(u.dtype), h_last.swapaxes(1, 2)
 
-    @jax.checkpoint
-    def one(h_BES, tokens):
-        u_BcE, dt_BcE, key_BcS, query_BcS, *fresh = (x.astype(dtype) for x in tokens)
-        key_BcS = key_BcS[:, :, None]
-        dt_BcE = dt_BcE[..., None]
-        decay = jnp.exp(dt_BcE * rate) if rate is not None else 1 - dt_BcE * key_BcS**2
-        if fresh:
-            decay = jnp.where(fresh[0][..., None, None] > 0, 0, decay)
-        written = (dt_BcE * u_BcE[..., None]) * key_BcS
-        h_BcES, last_BES = linear_scan(decay, written, h_BES, implementation=implementation)
-        # a sum of products of few terms: not worth a matrix unit's time
-        return last_BES, jnp.sum(h_BcES * query_BcS[:, :, None], axis=-1).astype(u.dtype)
 
-    h, y = jax.lax.scan(one, h, chunks)
-    return y.swapaxes(0, 1).reshape(B, -1, E)[:, :T], h
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _selective_scan(rate_SE, h0_BSE, tokens, choice):
+    return _forward_rule(rate_SE, h0_BSE, tokens, choice)[0]
+
+
+def _forward_rule(rate_SE, h0_BSE, tokens, choice):
+    functions = {name: way.forward for name, way in IMPLEMENTATIONS.items()}
+    y, h_last, states = dispatch.run(choice, functions, rate_SE, h0_BSE, tokens)
+    return (y, h_last), (rate_SE, states, tokens)
+
+
+def _backward_rule(choice, residuals, cotangents):
+    functions = {name: way.backward for name, way in IMPLEMENTATIONS.items()}
+    rate, h0, *gradients = dispatch.run(choice, functions, *residuals, *cotangents)
+    return rate, h0, (*gradients, None)
+
+
+_selective_scan.defvjp(_forward_rule, _backward_rule)
+
+
+def _in_chunks(x, chunk: int):
+    """[B, T, ...] to [n, chunk, B, ...], zeros at the end."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 0, 2)
 
 
 def _check(u, dt, key, query, rate, h0, chunk):

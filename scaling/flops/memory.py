@@ -92,7 +92,7 @@ def selective_kept(model: Mapping, seq: int, width: int) -> Kept:
     """Projections, the convolution, the step in float32, output and gate; the states of chunks."""
     D, R, S = model["d_model"], layers.inner_width(model), model["channel_state"]
     whole = (8 + width) * D + (16 + 8 * width) * R + 3 * width * S + _state(S, R, selective_scan.CHUNK)
-    return Kept(whole, width * (D + 3 * R + 2 * S), 11 * _state(S, R, seq / selective_scan.CHUNK))
+    return Kept(whole, width * (D + 3 * R + 2 * S), 6 * _state(S, R, seq / selective_scan.CHUNK))
 
 
 def gated_vector_kept(gates: int):
