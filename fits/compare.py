@@ -81,6 +81,7 @@ class StudyComparison(Printed):
       crossover: {"budgets", "80", "95", "share", "several", "factor_a", "factor_b", "range", "text"}:
         the budgets in ``range`` at which both losses are equal; the interval is over those draws that
         cross, whose share is ``share``.
+      unit: of all budgets.
     """
 
     name_a: str
@@ -90,6 +91,7 @@ class StudyComparison(Printed):
     draws: int
     method: str
     flags: list[dict]
+    unit: str = "FLOPs"
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -100,7 +102,7 @@ class StudyComparison(Printed):
             f"Effective speed-up of {self.name_b} over {self.name_a} (above 1: {self.name_b} saves):"
         )
         for s in self.speedups:
-            lines.append(f"  at {s['budget']:.3g} FLOPs: {s['text']}")
+            lines.append(f"  at {s['budget']:.3g} {self.unit}: {s['text']}")
         lines += [self.crossover["text"], self.method]
         return "\n".join(lines)
 
@@ -115,6 +117,8 @@ def compare(
     names: tuple[str, str] = ("A", "B"),
     search: tuple[float, float] | None = None,
     seed: int = 0,
+    unit: str = "FLOPs",
+    tops: tuple[float, float] | None = None,
 ) -> StudyComparison:
     """Effective speed-up of study B over study A at each budget, and their crossover.
 
@@ -124,6 +128,8 @@ def compare(
       search: budgets between which a crossover is sought; default from a tenth of the smallest run of
         either table to 1000 times the largest.
       seed: draws of the two fits are paired at random, as of independent studies.
+      unit: of budgets, for the words; another than FLOPs where ``flops_a`` and ``flops_b`` give another cost.
+      tops: the cost of the largest run of either table, beyond which it is extrapolated; default its FLOPs.
 
     Raises:
       FitError: a bad budget or range, a fit whose status forbids numbers, or a law not in N and D.
@@ -140,7 +146,7 @@ def compare(
     budgets = np.atleast_1d(np.asarray(budget, float))
     if not budgets.size or not (np.isfinite(budgets) & (budgets > 0)).all():
         raise FitError(f"budget is {budget!r}; it must be one or several positive numbers of FLOPs")
-    tops = [fit.diagnostics["range"]["flops"][1] for fit in (fit_a, fit_b)]
+    tops = tops or [fit.diagnostics["range"]["flops"][1] for fit in (fit_a, fit_b)]
     if search is None:
         lowest = min(fit.diagnostics["range"]["flops"][0] for fit in (fit_a, fit_b))
         search = (lowest / 10, 1000 * max(tops))
@@ -160,8 +166,8 @@ def compare(
     draws = a.count - 1
     method = f"{draws} independent pairs of draws of the two fits" if draws else "no draws, so no intervals"
     return StudyComparison(
-        *names, speedups, _crossover(a, b, search, names, tops), draws,
-        f"Both at their own compute-optimal N and D; {method}.", flags,
+        *names, speedups, _crossover(a, b, search, names, tops, unit), draws,
+        f"Both at their own compute-optimal N and D; {method}.", flags, unit,
     )  # fmt: skip
 
 
@@ -276,7 +282,7 @@ def _add_ends(speedup: dict) -> None:
         speedup["text"] += f"; 95 %: {words}"
 
 
-def _crossover(a: _Frontier, b: _Frontier, search, names, tops) -> dict:
+def _crossover(a: _Frontier, b: _Frontier, search, names, tops, unit) -> dict:
     """All crossings of the point estimates; of each draw the first one in range."""
     grid = np.linspace(math.log(search[0]), math.log(search[1]), SCAN)
     gap_GxB = np.array([a.loss(np.full(a.count, c)) - b.loss(np.full(b.count, c)) for c in grid])
@@ -294,7 +300,7 @@ def _crossover(a: _Frontier, b: _Frontier, search, names, tops) -> dict:
     share = float((count_B[1:] > 0).mean()) if draws else None
     several = float((count_B[1:] > 1).mean()) if draws else None
     ends = open_ends(drawn)
-    span = f"from {search[0]:.3g} to {search[1]:.3g} FLOPs"
+    span = f"from {search[0]:.3g} to {search[1]:.3g} {unit}"
     if not points:
         better = names[0] if gap_GxB[len(grid) // 2, 0] < 0 else names[1]
         text = f"No crossover {span}: {better} is the better throughout."
@@ -305,7 +311,7 @@ def _crossover(a: _Frontier, b: _Frontier, search, names, tops) -> dict:
         far = " and ".join(
             f"{points[0] / t:.3g} times the largest of {n}" for n, t in zip(names, tops, strict=True)
         )
-        text = f"Crossover at {where} FLOPs ({far})"
+        text = f"Crossover at {where} {unit} ({far})"
         if points[0] > FAR * min(tops):
             text += (
                 ", a far extrapolation" if points[0] <= VERY_FAR * min(tops) else ", a very far extrapolation"

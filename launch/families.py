@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import fits
-from launch.family_costs import AXES, cost_functions
+from launch.family_costs import AXES, UNITS, cost_functions
 from scaling.config import ConfigError, check_keys
 from scaling.files import CellFolder, write_json, write_whole
 from scaling.flops import ledger
@@ -148,9 +148,16 @@ def compare(config: Mapping, folder: Path, tuned: Mapping[str, dict]) -> dict:
             try:
                 at = at_optimum(fitted[reference], costs[reference], budgets, axis)
                 got = fits.compare(
-                    fitted[reference], fitted[f], at, flops_a=costs[reference][axis], flops_b=costs[f][axis],
-                    names=(reference, f), search=(min(at), max(at)),
-                )  # fmt: skip
+                    fitted[reference],
+                    fitted[f],
+                    at,
+                    flops_a=costs[reference][axis],
+                    flops_b=costs[f][axis],
+                    names=(reference, f),
+                    search=(min(at), max(at)),
+                    unit=UNITS[axis].format(chip=config["chip"]),
+                    tops=tuple(largest(folder / g, costs[g][axis]) for g in (reference, f)),
+                )
                 row["budgets"] = [
                     {"budget": c, "flops": b, **judged(s)}
                     for c, b, s in zip(at, budgets, got.speedups, strict=True)
@@ -163,6 +170,12 @@ def compare(config: Mapping, folder: Path, tuned: Mapping[str, dict]) -> dict:
                 row["why_not"] = str(error)
             out["multipliers"].append(row)
     return out
+
+
+def largest(study: Path, cost) -> float:
+    """What the dearest run of a study costs."""
+    got = [e["achieved"] for e in read_manifest(study)["cells"]]
+    return float(max(cost(np.array(x["params_total"], float), np.array(x["tokens"], float)) for x in got))
 
 
 def judged(speedup: Mapping) -> dict:

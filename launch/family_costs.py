@@ -20,6 +20,9 @@ AXES = {
 }
 """Name of a cost, and what it is."""
 
+UNITS = {"flops": "FLOPs", "seconds": "device-seconds", "roofline": "seconds of a {chip}, estimated"}
+"""Name of a cost to the unit of its budgets."""
+
 
 class ByTheToken:
     """Cost of (N, D) from the cost a token at some N: linear between them in logs, end slopes beyond."""

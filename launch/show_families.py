@@ -11,10 +11,8 @@ from rich.table import Table
 
 import fits
 from fits import plots
-from launch.family_costs import cost_functions
+from launch.family_costs import UNITS, cost_functions
 from scaling.records import collect
-
-UNITS = {"flops": "FLOPs", "seconds": "device-seconds", "roofline": "seconds of a {chip}, estimated"}
 
 
 def accounts(result: Mapping) -> tuple[list[str], list[list[str]]]:

@@ -51,7 +51,6 @@ def plot_families(
     left.set(
         xscale="log", yscale="log", xlabel=unit, ylabel="loss, nats per token", title="Runs and frontiers"
     )
-    left.legend()
     label_log_axis(left.xaxis, scientific)
     label_log_axis(left.yaxis, lambda x: f"{x:.3g}")
     shift = np.linspace(-0.05, 0.05, max(2, len(multipliers)))
@@ -69,8 +68,9 @@ def plot_families(
     right.axhline(1, color=INK, lw=1)
     title = f"Compute multiplier over {next(iter(frontiers))} (95 %)"
     right.set(xscale="log", yscale="log", xlabel=unit, title=title)
-    if right.get_legend_handles_labels()[0]:
-        right.legend()
+    # one legend for both, where it covers nothing
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    if right.lines[1:]:
         label_log_axis(right.xaxis, scientific)
         label_log_axis(right.yaxis, lambda x: f"{x:.3g}")
     return figure
