@@ -189,6 +189,7 @@ def run(study, cells, workers, cores_per_worker, as_json, **options):
     study share the work: no cell is trained twice.
     """
     from launch import local, show
+    from scaling.attempts import Budgets
     from scaling.records import progress, read_manifest
 
     wandb, pack = options["wandb"], options["pack"]
@@ -206,12 +207,14 @@ def run(study, cells, workers, cores_per_worker, as_json, **options):
         message = f"nothing to do: all {len(cells or known)} cells of {study} have a result"
         emit(as_json, {"outcome": "nothing to do"}, lambda: console.print(message))
         return 0
+    budgets = Budgets(options["max_failures"], options["max_preemptions"])
+    largest = local.largest_cell(read_manifest(study)["cells"])
     passed = [x for name, value in options.items() for x in as_argument(name, value)]
     passed += [x for c in cells for x in ("--cell", c)]
     one_job = options["mesh"] or options["distributed"]  # its worker has all devices of this machine
-    count = workers or (1 if one_job else local.default_workers(len(todo), cores_per_worker))
+    count = workers or (1 if one_job else local.default_workers(len(todo), cores_per_worker, largest))
     with show.progress_bars(console, study, quiet=as_json) as on_poll:
-        code = local.run_study(study, count, passed, on_poll, cells, cores_per_worker)
+        code = local.run_study(study, count, passed, on_poll, cells, cores_per_worker, budgets)
     emit(as_json, {"outcome": "done", "cells": progress(study)}, lambda: show.run_summary(console, study))
     return code
 

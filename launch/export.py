@@ -7,9 +7,10 @@ from pathlib import Path
 import jax
 
 from scaling.checkpoint import Checkpoints
+from scaling.claims import FolderStore, Keeper, Observer
 from scaling.config import validate_cell
 from scaling.export import check_expressible, export_model, hf_config, safetensors_writer
-from scaling.files import CellFolder, StudyError, claim, read_json
+from scaling.files import CellFolder, StudyError, read_json
 from scaling.optim import hyper_parameters
 from scaling.program import Static, first_state
 from scaling.records import progress
@@ -58,14 +59,16 @@ def trained_params(study: Path | str, cell: str) -> tuple[dict, dict, int]:
     check_expressible(config)
     static, seed = Static.of(config), config["train"]["seed"]
     like = jax.eval_shape(lambda: first_state(static, seed, hyper_parameters(config)))
-    with claim(folder.lock) as mine:  # opening the checkpoints would remove one that is being written
-        if not mine:
+    # opening the checkpoints would remove one that is being written
+    with Keeper(Observer()) as keeper, keeper.hold(FolderStore(folder.attempts), cell, "export") as claim:
+        if claim is None:
             raise StudyError(f"cell {cell} is being trained; export it when it has ended")
         checkpoints = Checkpoints(folder.checkpoints, cell)
         try:
             restored = checkpoints.restore(like)
         finally:
             checkpoints.close()
+            claim.close("released")
     if restored is None:
         raise StudyError(
             f"cell {cell} of {study} has no whole checkpoint; train it with `scaling run {study}`"

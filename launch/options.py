@@ -32,6 +32,20 @@ RUN_OPTIONS = (
         show_default=True,
         help="End a worker whose steps no longer end; 0: never.",
     ),
+    click.option(
+        "--max-failures",
+        type=click.IntRange(min=1),
+        default=2,
+        show_default=True,
+        help="Of a cell's attempts.",
+    ),
+    click.option(
+        "--max-preemptions",
+        type=click.IntRange(min=1),
+        default=50,
+        show_default=True,
+        help="Of a cell's attempts: cut off from outside, not its fault.",
+    ),
     click.option("--deterministic", is_flag=True, help="GPU: the same bits each time, for some speed."),
 )
 DEVICE_OPTIONS = (

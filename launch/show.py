@@ -301,8 +301,9 @@ def sentinels(console: Console, study: Path) -> None:
 
 def estimate(manifest: dict) -> dict:
     """Time and memory of every cell on this device."""
-    from launch.local import default_workers, pack_size
+    from launch.local import default_workers
     from launch.packs import describe
+    from launch.work import pack_size
     from scaling.estimate import estimate_cells
 
     cells = manifest["cells"]

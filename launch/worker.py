@@ -1,4 +1,5 @@
-"""One worker process of ``scaling run``: ``python -m launch.worker STUDY``. Exit code 2: a clear error."""
+"""One worker process of ``scaling run``: ``python -m launch.worker STUDY``. Exit codes: 0 nothing is left to
+do; 2 a clear error, said in the last line; 75 asked to stop (SIGTERM), all is saved."""
 
 from __future__ import annotations
 
@@ -7,7 +8,11 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from pathlib import Path
+
+from scaling.attempts import MAX_FAILURES, MAX_PREEMPTIONS, Budgets
+from scaling.claims import HEARTBEAT
 
 
 def configure_jax() -> None:
@@ -35,6 +40,9 @@ def main() -> int:
     parser.add_argument("--pack", default="auto", help="auto, off, turns or vmap")
     parser.add_argument("--watchdog-seconds", type=float, default=1800.0)
     parser.add_argument("--deterministic", action="store_true", help="no atomic sums in GPU programs")
+    parser.add_argument("--max-failures", type=int, default=MAX_FAILURES)
+    parser.add_argument("--max-preemptions", type=int, default=MAX_PREEMPTIONS)
+    parser.add_argument("--heartbeat-seconds", type=float, default=HEARTBEAT)
     parser.add_argument("--cores", type=int, help="bind to so many CPU cores")
     parser.add_argument("--parent", type=int, help="end when this process is gone")
     args = parser.parse_args()
@@ -44,12 +52,13 @@ def main() -> int:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
     held = bind_to_cores(args.cores) if args.cores and hasattr(os, "sched_setaffinity") else []
 
-    from launch.local import work
+    from launch.engine import BAD_INPUT, PREEMPTED
+    from launch.work import work
     from scaling.config import ConfigError
     from scaling.files import StudyError
     from scaling.hosts import initialize_distributed
     from scaling.mesh import MeshShape
-    from scaling.train import Execution
+    from scaling.train import Execution, Preempted
 
     configure_jax()
     try:
@@ -57,7 +66,7 @@ def main() -> int:
         mesh = None if args.mesh is None else MeshShape.parse(args.mesh)
     except (ConfigError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return BAD_INPUT
     execution = Execution(
         args.remat,
         args.accumulate,
@@ -71,13 +80,29 @@ def main() -> int:
     )
     try:
         packed = args.wandb == "off" and mesh is None and args.accumulate == 1 and args.remat != "auto"
-        work(args.study, execution, args.cell, args.pack if packed else "off")
+        pack = args.pack if packed else "off"
+        budgets = Budgets(args.max_failures, args.max_preemptions)
+        work(args.study, execution, args.cell, pack, budgets, args.heartbeat_seconds, stop_on_sigterm())
     except (ConfigError, StudyError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return BAD_INPUT
+    except Preempted:
+        return PREEMPTED
     finally:
         del held
     return 0
+
+
+def stop_on_sigterm() -> threading.Event:
+    """An event that SIGTERM sets, so that the cell at hand is saved; a second SIGTERM ends the process."""
+    stop = threading.Event()
+
+    def asked(*_) -> None:
+        stop.set()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, asked)
+    return stop
 
 
 def bind_to_cores(count: int) -> list:

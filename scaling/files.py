@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,39 +84,6 @@ def read_jsonl(path: Path | str) -> list[dict]:
     return rows
 
 
-@contextlib.contextmanager
-def claim(path: Path) -> Iterator[bool]:
-    """Holds a lock file for the block; yields False where another process has it. Dies with its process.
-
-    Raises:
-      StorageError: the folder cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")  # noqa: SIM115 (closed below, after the block)
-    except OSError as error:
-        raise StorageError(explain_os_error(error, path.parent)) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-def is_claimed(path: Path) -> bool:
-    """Whether a living process on this machine holds the lock file; needs no right to write."""
-    try:
-        with open(path) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
 class CellFolder:
     """Paths of one cell's files, all under ``cells/<id>/``."""
 
@@ -130,7 +94,6 @@ class CellFolder:
         self.result = self.path / "result.json"
         self.timing = self.path / "timing.json"
         self.checkpoints = self.path / "checkpoints"
-        self.lock = self.path / "lock"
         self.log = self.path / "log.txt"
-        self.starts = self.path / "starts.log"
-        self.failure = self.path / "failure.json"
+        self.attempts = self.path / "attempts"
+        self.renewed = self.path / "renewed.json"

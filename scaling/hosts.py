@@ -16,6 +16,9 @@ from scaling.config import ConfigError
 LONGEST = 1 << 16
 """Bytes that one message may have: it is sent padded, in a shape that all processes know."""
 
+HEARTBEAT_SECONDS = 30
+"""When a process has not been heard of for so long, its peers end: none of them could take another step."""
+
 
 def initialize_distributed(how: str | None) -> None:
     """Joins this process to the others of its job (``jax.distributed``); must come before any use of JAX.
@@ -30,7 +33,7 @@ def initialize_distributed(how: str | None) -> None:
     if how is None:
         return
     if how == "auto":
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
         return
     address, *numbers = how.split(",")
     if len(numbers) != 2 or ":" not in address or not all(n.isdigit() for n in numbers):
@@ -38,7 +41,9 @@ def initialize_distributed(how: str | None) -> None:
     count, index = map(int, numbers)
     if index >= count:
         raise ConfigError(f"distributed is {how!r}; INDEX must be below COUNT, from 0")
-    jax.distributed.initialize(address, num_processes=count, process_id=index)
+    jax.distributed.initialize(
+        address, num_processes=count, process_id=index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+    )
 
 
 def is_main() -> bool:

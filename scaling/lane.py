@@ -179,6 +179,10 @@ class Lane:
             return False  # to ask the others at every step would cost more than a save now and then
         return hosts.agree(time.perf_counter() - self.last_save > execution.checkpoint_seconds)
 
+    def saved_now(self) -> bool:
+        """Whether the newest checkpoint is of this very step."""
+        return self.checkpoints.manager.latest_step() == self.done
+
     def save(self, state) -> None:
         """A checkpoint, whole or not at all, never before the lines that lead to it."""
         if self.file is not None:
@@ -274,7 +278,6 @@ class Lane:
         if hosts.is_main():
             write_json(self.folder.timing, self.timing(max(0, steps - self.job.fork)))
             write_json(self.folder.result, result)
-            self.folder.failure.unlink(missing_ok=True)
         hosts.wait_for_all(f"{self.name} has ended")
         return result
 

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from scaling.attempts import attempts_begun, attempts_of, tally
 from scaling.branches import spent_flops
 from scaling.chips import peak_flops
+from scaling.claims import is_gone
 from scaling.config import cell_id, validate_cell
-from scaling.files import CellFolder, StudyError, is_claimed, read_json, read_jsonl, write_whole
+from scaling.files import CellFolder, StudyError, read_json, read_jsonl, write_whole
 from scaling.flops import ledger
 from scaling.formats import bits
 from scaling.sentinels import brackets, words
@@ -132,7 +134,7 @@ def cell_rows(manifest: Mapping, entry: Mapping, folder: CellFolder) -> list[dic
     base = {
         "study": manifest["study"],
         "cell": entry["id"],
-        "run": len(folder.starts.read_text().splitlines()) if folder.starts.exists() else 0,
+        "run": attempts_begun(folder),
         "family": config["model"]["family"],
         "seed": config["train"]["seed"],
         "role": entry.get("role", "cell"),
@@ -204,11 +206,13 @@ def mfu(flops_per_second: float | None, device_kind: str) -> float | None:
 
 def unfinished(folder: CellFolder) -> tuple[str, str]:
     """Status and reason of a cell without a result."""
-    if is_claimed(folder.lock):
+    attempts = attempts_of(folder)
+    if attempts and attempts[-1]["outcome"] is None and not is_gone(attempts[-1]):
         return "running", "no result yet"
-    if folder.failure.exists():
-        return "failed", read_json(folder.failure)["reason"]
-    if folder.metrics.exists():
+    words = tally(folder, attempts)
+    if words.last == "failed":
+        return "failed", words.reason
+    if attempts or folder.metrics.exists():
         return "preempted", "stopped before its end; run the study again to go on"
     return "planned", "no result yet"
 

@@ -88,10 +88,15 @@ def train(
     return train_pack([Job(cell, folder)], execution, on_metrics)[0]
 
 
+class Preempted(BaseException):
+    """Training was asked to stop, and has saved what it could."""
+
+
 def train_pack(
     jobs: Sequence[Job],
     execution: Execution | None = None,
     on_metrics: Callable[[dict], None] | None = None,
+    on_step: Callable[[dict[str, int]], bool] | None = None,
 ) -> list[dict]:
     """Trains cells of one shape side by side, each as if it were alone.
 
@@ -106,6 +111,9 @@ def train_pack(
     Args:
       jobs: at least one; their compiled parts (``Static``, batch, sequence length) must be equal.
       execution: how to run them. on_metrics: called with every logged line of every cell.
+      on_step: called after every step, before anything of it is written, with cell id to steps done of the
+        cells under way; once before the first. True: save them and stop (in a job of several processes it
+        cannot, as the others would not know).
 
     Returns:
       The content of each ``result.json``, in order.
@@ -113,6 +121,7 @@ def train_pack(
     Raises:
       ConfigError: cells of different shapes; otherwise as ``train``.
       StudyError: as ``train``.
+      Preempted: ``on_step`` asked to stop.
     """
     execution = execution or Execution()
     jobs = [dataclasses.replace(job, cell=validate_cell(job.cell)) for job in jobs]
@@ -120,7 +129,7 @@ def train_pack(
         check_folder(job)
     todo = [jobs[j] for j in hosts.agree([j for j, job in enumerate(jobs) if not job.folder.result.exists()])]
     if todo:
-        Pack(todo, execution, on_metrics).to_the_end()
+        Pack(todo, execution, on_metrics, on_step).to_the_end()
     return [read_result(job.folder) for job in jobs]
 
 
@@ -210,7 +219,7 @@ def open_planned_data(cell: Mapping):
 class Pack:
     """Cells of one shape under way together."""
 
-    def __init__(self, jobs: Sequence[Job], execution: Execution, on_metrics):
+    def __init__(self, jobs: Sequence[Job], execution: Execution, on_metrics, on_step=None):
         if len({program_key(job.cell) for job in jobs}) > 1:
             names = ", ".join(cell_id(job.cell) for job in jobs)
             raise ConfigError(f"cells {names} differ in what is compiled; a pack needs one shape and batch")
@@ -240,13 +249,14 @@ class Pack:
         self.lanes = [Lane(job, opened[key], listen) for key, job in zip(keys, jobs, strict=True)]
         self.devices = 1 if self.plan.mesh is None else self.plan.mesh.size
         self.clock = time.perf_counter()
-        self.result = None
+        self.result, self.on_step = None, on_step
 
     def to_the_end(self) -> None:
         """Steps, evaluations and checkpoints from wherever each cell stands to its last step."""
         try:
             with Watchdog(self.execution.watchdog_seconds) as watchdog:
                 state = self.start()
+                self.tell()
                 hp = self.program.gather([lane.hp for lane in self.lanes])
                 batches = [self.batches_of(lane) for lane in self.lanes]
                 pending = None
@@ -256,21 +266,39 @@ class Pack:
                     state, metrics = self.program.step(state, rows, hp)
                     for lane in self.lanes:
                         lane.done += lane.active
+                    stop = self.tell()
                     done = [lane.done if lane.active else None for lane in self.lanes]
                     if pending is not None:  # one step late, so that the device never waits for Python
                         self.read(*pending)
                     pending = (done, metrics)
-                    if any(lane.active and self.needs_a_stop(lane) for lane in self.lanes):
+                    if stop or any(lane.active and self.needs_a_stop(lane) for lane in self.lanes):
                         self.read(*pending)
                         pending = None
                         for j, lane in enumerate(self.lanes):
                             if lane.active and self.needs_a_stop(lane):
                                 self.stop_at(lane, self.program.lane(state, j))
+                    if stop and any(lane.active for lane in self.lanes):
+                        self.stop_early(state)
                     watchdog.step_ended()
         finally:
             for lane in self.lanes:
                 lane.close()
             self.tracker.finish(self.result)
+
+    def tell(self) -> bool:
+        """Says where the cells stand; whether they should stop."""
+        if self.on_step is None:
+            return False
+        asked = self.on_step({lane.name: lane.done for lane in self.lanes if lane.active})
+        return bool(asked) and not hosts.several()
+
+    def stop_early(self, state) -> None:
+        """Saves every cell that is under way, so that the next attempt goes on from here."""
+        self.share_time()
+        for j, lane in enumerate(self.lanes):
+            if lane.active and lane.done > lane.first_step and not lane.saved_now():
+                lane.save(self.program.lane(state, j))
+        raise Preempted
 
     def start(self):
         """Every cell's state, gathered; cells that were killed after their last step are ended here."""

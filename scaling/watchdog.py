@@ -5,12 +5,15 @@ from __future__ import annotations
 import faulthandler
 import time
 
+FIRST = 4
+"""Times the declared seconds that the first step may take."""
+
 
 class Watchdog:
     """Writes every thread's stack to stderr and ends the process when no step has ended for ``seconds``.
 
-    It begins to count at the first step's end: compiling takes what it takes. By Python's ``faulthandler``,
-    whose thread runs while the interpreter is stuck in a call, in a collective for instance.
+    The first step, with data to open and a program to compile, has ``FIRST`` times as long. By Python's
+    ``faulthandler``, whose thread runs while the interpreter is stuck in a call, in a collective for instance.
     """
 
     def __init__(self, seconds: float):
@@ -23,6 +26,8 @@ class Watchdog:
             self.armed = time.monotonic()
 
     def __enter__(self) -> Watchdog:
+        if self.seconds:
+            faulthandler.dump_traceback_later(FIRST * self.seconds, exit=True)
         return self
 
     def __exit__(self, *exc) -> None:

@@ -8,8 +8,10 @@ from click.testing import CliRunner
 from tiny_study import tiny_study
 
 from fits import fit_table
-from launch import local, packs
+from launch import packs, work
 from launch.cli import cli
+from scaling.attempts import MAX_FAILURES, attempts_begun, tally
+from scaling.claims import FolderStore, Observer, take
 from scaling.config import cell_id
 from scaling.files import CellFolder, write_json
 from scaling.train import Execution
@@ -36,7 +38,7 @@ def run(*args):
 
 @pytest.mark.slow
 def test_plan_run_collect_fit(study):
-    local.work(study, Execution(together="turns"), pack="turns")
+    work.work(study, Execution(together="turns"), pack="turns")
     manifest = json.loads((study / "manifest.json").read_text())
     by_id = {e["id"]: e for e in manifest["cells"]}
     run("collect", str(study))
@@ -50,8 +52,8 @@ def test_plan_run_collect_fit(study):
     fit = fit_table(table, "chinchilla", bootstraps=0)
     outcomes = [r["reason"] for r in fit.rows if r["outcome"] != "used"]
     assert len(outcomes) == 6 and sum("a trunk" in r for r in outcomes) == 2
-    # a trunk's file of starts says that it ran once; its branches were ready when its forks were saved
-    assert all(len(CellFolder(study, c).starts.read_text().splitlines()) == 1 for c in by_id)
+    # a trunk was begun once; its branches were ready when its forks were saved
+    assert all(attempts_begun(CellFolder(study, c)) == 1 for c in by_id)
     said = run("run", str(study)).output
     assert "nothing to do: all 12 cells" in said
 
@@ -59,15 +61,15 @@ def test_plan_run_collect_fit(study):
 def test_one_branch_brings_its_trunk_and_waits_for_it(study):
     entries = json.loads((study / "manifest.json").read_text())["cells"]
     branch = next(e for e in entries if e["role"] == "branch")
-    names = [e["id"] for e in local.with_their_trunks(entries, [branch["id"]])]
+    names = [e["id"] for e in work.with_their_trunks(entries, [branch["id"]])]
     assert sorted(names) == sorted([branch["id"], branch["trunk"]])
-    assert not local.is_ready(study, branch)
+    assert not work.is_ready(study, branch)
     trunk = CellFolder(study, branch["trunk"])
     (trunk.checkpoints / str(branch["fork"])).mkdir(parents=True)
-    assert local.is_ready(study, branch)
+    assert work.is_ready(study, branch)
     (trunk.checkpoints / str(branch["fork"])).rmdir()
-    write_json(trunk.failure, {"reason": "x", "attempts": local.MAX_FAILURES})
-    assert local.is_ready(study, branch)  # it will not come: the branch trains from its own beginning
+    take(FolderStore(trunk.attempts), "trunk", Observer()).close("failed", reason="x", final=True)
+    assert work.is_ready(study, branch)  # it will not come: the branch trains from its own beginning
 
 
 def test_a_study_planned_before_a_field_was_added_still_runs(study, monkeypatch):
@@ -79,14 +81,14 @@ def test_a_study_planned_before_a_field_was_added_still_runs(study, monkeypatch)
         del entry["config"]["precision"], entry["config"]["train"]["skip_spikes"], entry["role"]
     trained = []
 
-    def finish(jobs, execution, on_metrics):
+    def finish(jobs, execution, on_metrics, on_step):
         trained.extend(jobs)
         for job in jobs:
             write_json(job.folder.result, {"status": "finished"})
 
     monkeypatch.setattr(scaling.train, "train_pack", finish)
-    monkeypatch.setattr(local, "read_manifest", lambda study: {"cells": old})
-    local.work(study, Execution(), pack="turns")
+    monkeypatch.setattr(work, "read_manifest", lambda study: {"cells": old})
+    work.work(study, Execution(), pack="turns")
     assert {job.folder.path.name for job in trained} == {e["id"] for e in old}
     assert all(cell_id(job.cell) == job.folder.path.name for job in trained)
 
@@ -99,19 +101,19 @@ def test_one_that_fails_in_company_does_not_take_the_others_with_it(study, monke
     twins = [trunks[0], {**trunks[0], "id": trunks[1]["id"]}]
     groups = []
 
-    def fails(jobs, execution, on_metrics):
+    def fails(jobs, execution, on_metrics, on_step):
         groups.append(len(jobs))
         if len(jobs) > 1 or jobs[0].folder.path.name == twins[1]["id"]:
             raise RuntimeError("bad cell")
         write_json(jobs[0].folder.result, {"status": "finished"})
 
     monkeypatch.setattr(scaling.train, "train_pack", fails)
-    monkeypatch.setattr(local, "read_manifest", lambda study: {"cells": twins})
-    local.work(study, Execution(), pack="turns")
+    monkeypatch.setattr(work, "read_manifest", lambda study: {"cells": twins})
+    work.work(study, Execution(), pack="turns")
     assert groups == [2, 1, 1]
-    assert local.failures(CellFolder(study, twins[0]["id"])) == 1  # of the pack; alone it finished
+    assert tally(CellFolder(study, twins[0]["id"])).failures == 1  # of the pack; alone it finished
     assert CellFolder(study, twins[0]["id"]).result.exists()
-    assert local.failures(CellFolder(study, twins[1]["id"])) == local.MAX_FAILURES
+    assert tally(CellFolder(study, twins[1]["id"])).failures == MAX_FAILURES
 
 
 def test_packs_by_shape_and_by_device(study):

@@ -14,10 +14,11 @@ from launch.cli import cli
 from launch.export import choose_cell, trained_params
 from scaling import data
 from scaling.checkpoint import Checkpoints
+from scaling.claims import FolderStore, Observer, take
 from scaling.config import SCHEMA, ConfigError, Field, cell_id, validate_cell, validate_section
 from scaling.data import heldout_batches
 from scaling.export import byte_tokenizer, export_model, hf_config
-from scaling.files import CellFolder, StudyError, claim, read_json, write_json
+from scaling.files import CellFolder, StudyError, read_json, write_json
 from scaling.grid import plan, write_manifest
 from scaling.lane import eval_batch
 from scaling.models.lm import abstract_params, build
@@ -286,7 +287,8 @@ def test_choice_of_the_cell_and_refusals(study, tmp_path):
         choose_cell(folder, "abc")
     with pytest.raises(StudyError, match=f"cell {cells[2]} of .* has no checkpoint"):
         trained_params(folder, cells[2])
-    lock = CellFolder(folder, cells[0]).lock
-    with claim(lock) as mine, pytest.raises(StudyError, match=f"cell {cells[0]} is being trained"):
-        assert mine
+    store = FolderStore(CellFolder(folder, cells[0]).attempts)
+    mine = take(store, cells[0], Observer())
+    with pytest.raises(StudyError, match=f"cell {cells[0]} is being trained"):
         trained_params(folder, cells[0])
+    mine.close("released")

@@ -1,0 +1,208 @@
+"""The life of one worker: it walks the whole list of cells and trains each that it can claim.
+
+Whatever ends a worker, the cell at hand is the only one that has lost anything, and that only since its last
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import threading
+import traceback
+from pathlib import Path
+
+from launch import packs
+from scaling.attempts import LAST_LINES, Budgets, tally
+from scaling.branches import spent_flops
+from scaling.chips import peak_flops
+from scaling.claims import ClaimLost, FolderStore, Keeper, Observer
+from scaling.config import ConfigError, validate_cell
+from scaling.files import CellFolder, StorageError, StudyError, explain_os_error, read_json
+from scaling.records import read_manifest
+
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+NEVER = threading.Event()
+
+
+def job_of(study: Path, entry: dict):
+    """A manifest's entry as a ``scaling.lane.Job``."""
+    from scaling.lane import Job
+
+    return Job(
+        entry["config"],
+        CellFolder(study, entry["id"]),
+        CellFolder(study, entry["trunk"]) if entry.get("trunk") else None,
+        entry.get("fork", 0),
+        tuple(entry.get("forks", ())),
+    )
+
+
+def try_cells(study: Path, entries: list[dict], execution, keeper: Keeper, stop=NEVER) -> list[str]:
+    """Claims the cells that are free and trains them as one pack; how that ended is kept with each.
+
+    Returns:
+      The ids that need no further look in this round: trained, or failed; those of others are left out.
+
+    Raises:
+      StorageError: the study cannot be written. Preempted: ``stop`` was set.
+    """
+    from scaling import hosts
+    from scaling.train import train_pack
+
+    with contextlib.ExitStack() as claims:
+        held, over = {}, []
+        for entry in entries:
+            folder = CellFolder(study, entry["id"])
+            claim = claims.enter_context(keeper.hold(FolderStore(folder.attempts), entry["id"]))
+            if claim is not None and folder.result.exists():  # written since we looked
+                claim.close("released")
+                over.append(entry["id"])
+            elif claim is not None:
+                held[entry["id"]] = claim
+        hosts.agree(list(held))
+        if not held:
+            return over
+
+        def on_step(steps: dict[str, int]) -> bool:
+            for name, step in steps.items():
+                held[name].step = step
+                held[name].check()
+            return stop.is_set()
+
+        try:
+            train_pack([job_of(study, e) for e in entries if e["id"] in held], execution, None, on_step)
+            reason = None
+        except ClaimLost:
+            if hosts.several():
+                raise  # the peers are in the middle of a step: they end with this process
+            return over
+        except StorageError:
+            raise
+        except (ConfigError, StudyError) as error:  # the same again would end the same
+            reason, final = str(error), len(held) == 1
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
+                raise StorageError(explain_os_error(error, error.filename or study)) from error
+            reason, final = f"{type(error).__name__}: {error}".splitlines()[0], False
+        for name, claim in held.items():
+            folder = CellFolder(study, name)
+            if folder.result.exists():
+                claim.close(read_json(folder.result)["status"])
+                continue
+            log = traceback.format_exc()
+            folder.log.write_text(log)
+            claim.close("failed", reason=reason, final=final, log=log.splitlines()[-LAST_LINES:])
+    return [*over, *held]
+
+
+def work(
+    study: Path,
+    execution,
+    only: list[str] | None = None,
+    pack: str = "auto",
+    budgets: Budgets | None = None,
+    heartbeat: float | None = None,
+    stop: threading.Event = NEVER,
+) -> None:
+    """Trains until every cell is done or has used up its budgets.
+
+    Args:
+      study: the study folder. execution: how to run. only: the cells to train (and their trunks).
+      pack: ``auto``, ``off``, ``turns`` or ``vmap``, see ``launch.packs``.
+      budgets: how often a cell is tried again. heartbeat: seconds between heartbeats.
+      stop: when set, the cells at hand are saved and ``Preempted`` is raised.
+
+    Raises:
+      StorageError: the study cannot be written; no cell could go on.
+    """
+    from scaling import hosts
+    from scaling.train import Preempted
+
+    budgets = budgets or Budgets()
+    # a study planned by an earlier version lacks the fields added since
+    entries = [{**e, "config": validate_cell(e["config"])} for e in read_manifest(study)["cells"]]
+    wanted = with_their_trunks(entries, only)
+    # a trunk first, its branches wait for it; then the most expensive
+    order = sorted(wanted, key=lambda e: (e.get("role") != "trunk", -spent_flops(e)))
+    if not hosts.is_main():
+        return follow(study, {e["id"]: e for e in wanted}, execution)
+    size_of = pack_size(pack if not hosts.several() else "off")
+    with Keeper(Observer() if heartbeat is None else Observer(heartbeat)) as keeper:
+        while waiting := [e for e in order if not is_over(study, e, budgets)]:
+            seen: set[str] = set()
+            took = False
+            for entry in waiting:
+                if stop.is_set():
+                    raise Preempted
+                if (
+                    entry["id"] in seen
+                    or is_over(study, entry, budgets)
+                    or not is_ready(study, entry, budgets)
+                ):
+                    continue
+                group = [entry]
+                if size_of(entry["config"]) > 1 and not tally(CellFolder(study, entry["id"])).failures:
+                    group += [e for e in waiting if e is not entry and e["id"] not in seen]
+                    group = [e for e in group if may_join(study, e, budgets)]
+                    group = packs.form_pack(group, size_of)
+                done = try_cells(study, group, execution, keeper, stop)
+                took = took or bool(done)
+                seen |= {e["id"] for e in group}
+            if not took:
+                stop.wait(0.5)  # others have them; stay until they are done, to take over what they drop
+                hosts.agree([])
+            order = waiting
+    hosts.agree(None)
+
+
+def may_join(study: Path, entry: dict, budgets: Budgets) -> bool:
+    """Whether a cell may train beside others; one that failed in company tries again alone."""
+    if is_over(study, entry, budgets) or not is_ready(study, entry, budgets):
+        return False
+    return not tally(CellFolder(study, entry["id"])).failures
+
+
+def follow(study: Path, entries: dict[str, dict], execution) -> None:
+    """The life of a worker that is not the first process of its job: it trains what the first one takes."""
+    from scaling import hosts
+    from scaling.train import train_pack
+
+    while (names := hosts.agree(None)) is not None:
+        with contextlib.suppress(ConfigError, StudyError):  # the first process meets the same and notes it
+            if names:
+                train_pack([job_of(study, entries[name]) for name in names], execution)
+
+
+def with_their_trunks(entries: list[dict], only: list[str] | None) -> list[dict]:
+    """The entries named in ``only`` (all where None) and the trunks that they leave."""
+    if only is None:
+        return entries
+    needed = {*only, *(e["trunk"] for e in entries if e["id"] in only and e.get("trunk"))}
+    return [e for e in entries if e["id"] in needed]
+
+
+def is_over(study: Path, entry: dict, budgets: Budgets | None = None) -> bool:
+    """Whether a cell has a result, or has failed or been cut off as often as it may."""
+    folder = CellFolder(study, entry["id"])
+    return folder.result.exists() or tally(folder).spent(budgets or Budgets())
+
+
+def is_ready(study: Path, entry: dict, budgets: Budgets | None = None) -> bool:
+    """Whether a cell need not wait for a trunk: it has none, or its fork is saved, or no more will come."""
+    if not entry.get("trunk"):
+        return True
+    trunk = CellFolder(study, entry["trunk"])
+    own = CellFolder(study, entry["id"]).checkpoints
+    there = (trunk.checkpoints / str(entry["fork"])).exists() or (own.exists() and any(own.iterdir()))
+    return there or is_over(study, {"id": entry["trunk"]}, budgets)
+
+
+def pack_size(how: str):
+    """config to the most cells that this device should train together."""
+    import jax
+
+    device = jax.devices()[0]
+    memory = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+    peak = peak_flops(device.device_kind)
+    return lambda config: packs.cells_that_fit(config, how, device.platform == "cpu", peak, memory)

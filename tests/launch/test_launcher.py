@@ -1,0 +1,149 @@
+"""Crashes of cells and of workers: the sweep goes on, each is counted once, and nothing false is finished."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_study import tiny_study
+
+from launch import engine, local
+from launch.engine import Ended, Group, drive, outcome_of
+from scaling.attempts import Budgets, attempts_of, renew, tally
+from scaling.claims import FolderStore, Observer, take
+from scaling.data import open_data
+from scaling.files import CellFolder, StudyError, read_json
+from scaling.grid import plan, write_manifest
+from scaling.records import progress
+from scaling.study import validate_study
+
+CRASHING = Path(__file__).parent / "crashing_worker.py"
+KINDS = {0: "import", 1: "memory", 2: "data", 3: "hang", 4: "nan", 5: "killed"}
+
+
+def planned(corpus, folder, seeds):
+    """A study of one tiny size, a cell a seed."""
+    from launch import show
+    from scaling.config import validate_section
+
+    cells = [{"params": 3e3, "tokens": 2e3, "seed": s} for s in seeds]
+    config = tiny_study(corpus, grid={"kind": "list", "cells": cells, "min_steps": 10})
+    settings = validate_study(config)
+    facts = show.data_facts(open_data(validate_section("data", settings["data"])), 32)
+    manifest = plan(settings, facts)
+    write_manifest(folder, manifest, False)
+    return {e["config"]["train"]["seed"]: CellFolder(folder, e["id"]) for e in manifest["cells"]}
+
+
+@pytest.fixture
+def study(corpus, tmp_path):
+    return tmp_path / "study", planned(corpus, tmp_path / "study", range(8))
+
+
+@pytest.mark.slow
+def test_every_kind_of_crash_is_counted_and_the_others_finish(study):
+    path, cells = study
+    words = [f"{kind}={seed}" for seed, kind in KINDS.items()]
+    here = local.Local(worker=(sys.executable, str(CRASHING), *words, "--"))
+    options = ["--watchdog-seconds", "3", "--max-preemptions", "2", "--max-failures", "2"]
+    code = local.run_study(path, 2, options, lambda: None, budgets=Budgets(2, 2), engine=here)
+    assert code == 1
+    outcomes = {seed: [a["outcome"] for a in attempts_of(folder)] for seed, folder in cells.items()}
+    assert outcomes == {
+        **{seed: ["failed", "failed"] for seed in (0, 1, 2, 3)},
+        4: ["diverged"],  # a result: the reason is the cell's own
+        5: ["preempted"] * 2,  # a SIGKILL that the kernel did not send for memory
+        6: ["finished"],
+        7: ["finished"],
+    }
+    rows = {r["cell"]: r for r in progress(path)}
+    reasons = {seed: rows[folder.path.name]["reason"] for seed, folder in cells.items()}
+    assert "a_module_that_is_not_there" in reasons[0] and "RESOURCE_EXHAUSTED" in reasons[1]
+    assert "row 7" in reasons[2] and "watchdog" in reasons[3] and "nan" in reasons[4]
+    hung = attempts_of(cells[3])[-1]["log"]
+    assert any("in crash" in line for line in hung)  # where it hung is in the stack
+    assert not any(cells[s].result.exists() for s in (0, 1, 2, 3, 5))
+
+
+def test_budgets_are_two_and_can_be_renewed(study):
+    folder = study[1][0]
+    store, budgets = FolderStore(folder.attempts), Budgets(failures=2, preemptions=3)
+    for outcome in ("preempted", "failed", "preempted", "released"):
+        take(store, "c", Observer()).close(outcome, reason=outcome)
+    found = tally(folder)
+    assert (found.failures, found.preemptions, found.last, found.spent(budgets)) == (1, 2, "preempted", False)
+    renew(folder, budgets)
+    assert not folder.renewed.exists()  # not spent: what was counted stays
+    take(store, "c", Observer()).close("failed", reason="again")
+    assert tally(folder).spent(budgets) and tally(folder).reason == "again"
+    renew(folder, budgets)
+    assert tally(folder).failures == tally(folder).preemptions == 0
+    assert len(attempts_of(folder)) == 5  # the log stays
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "memory", "outcome"),
+    [
+        (-9, "", False, "preempted"),
+        (-9, "", True, "failed"),
+        (-15, "", True, "preempted"),
+        (75, "", False, "preempted"),
+        (-11, "Segmentation fault", False, "failed"),
+        (1, "Timeout (0:30:00)!\nThread 0x1", False, "failed"),
+        (1, "ValueError: x", False, "failed"),
+    ],
+)
+def test_what_an_end_means(code, words, memory, outcome):
+    assert outcome_of(Ended(code, words), memory)[0] == outcome
+
+
+class Engine:
+    """Jobs that end as they are told to."""
+
+    def __init__(self, ends):
+        self.ends, self.submitted, self.cancelled = list(ends), [], []
+
+    def submit(self, group):
+        self.submitted.append(group)
+        return str(len(self.submitted))
+
+    def poll(self, job):
+        return self.ends.pop(0)
+
+    def cancel(self, job):
+        self.cancelled.append(job)
+
+
+def test_jobs_are_submitted_again_until_it_makes_no_sense(study):
+    group = Group(study[0])
+    lost = Engine([None, Ended(-9, "", 1), Ended(75), Ended(-9, "", 1), Ended(0)])
+    drive(lost, group, 1, every=0)
+    assert len(lost.submitted) == 4
+    idle = Engine([Ended(1, "ImportError: no jax")] * 9)
+    with pytest.raises(StudyError, match="ImportError: no jax"):
+        drive(idle, group, 1, every=0)
+    assert len(idle.submitted) == engine.MOST_IDLE_CRASHES
+    bad = Engine([Ended(2, "noise\nerror: the disk is full")])
+    with pytest.raises(StudyError, match=r"^the disk is full$"):
+        drive(bad, group, 2, every=0)
+    assert bad.cancelled == ["2"]
+
+
+def test_asked_to_stop_it_saves_and_goes_on_from_there(study):
+    from launch.work import job_of
+    from scaling.train import Execution, Preempted, train, train_pack
+
+    path, cells = study
+    entry = read_json(path / "manifest.json")["cells"][0]
+    job = job_of(path, entry)
+    with pytest.raises(Preempted):
+        train_pack([job], Execution(), None, lambda steps: set(steps.values()) == {5})
+    assert (job.folder.checkpoints / "5").is_dir() and not job.folder.result.exists()
+    train(entry["config"], job.folder)
+    assert read_json(job.folder.timing)["resumed_from_step"] == 5
+    whole = CellFolder(path / "whole", entry["id"])
+    train(entry["config"], whole)
+    assert whole.result.read_bytes() == job.folder.result.read_bytes()
+    assert json.loads(whole.metrics.read_text().splitlines()[-1]) == json.loads(
+        job.folder.metrics.read_text().splitlines()[-1]
+    )
