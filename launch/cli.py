@@ -1,35 +1,28 @@
-"""The command line: scaling plan | run | status | collect | fit | allocate | compare | next | report."""
+"""The command line: scaling plan | launch | run | status | collect | fit | allocate | compare | next | ..."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
-import json
 import sys
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.markup import escape
 
+from launch.launching import COMMANDS
 from launch.options import (
     BUDGET_OPTIONS,
-    DEVICE_OPTIONS,
     LIMIT_OPTIONS,
     PREFLIGHT_OPTIONS,
-    RUN_OPTIONS,
     SIZE_OPTIONS,
-    as_argument,
     fit_options,
     with_options,
 )
+from launch.output import console, emit, json_option, stderr
 from scaling import __version__
 from scaling.config import ConfigError
 from scaling.files import StudyError
-
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
-stderr = Console(stderr=True, highlight=False)
 
 
 def main() -> None:
@@ -57,17 +50,6 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs, nothing else.")
-
-
-def emit(as_json: bool, value, show) -> None:
-    """JSON for programs, or what ``show`` prints for people."""
-    if as_json:
-        click.echo(json.dumps(value, indent=1, allow_nan=False))
-    else:
-        show()
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="scaling")
 def cli() -> None:
@@ -77,6 +59,7 @@ def cli() -> None:
     A study from nothing to an answer:
       scaling plan experiments/quickstart.py     resolve the grid, print what it will cost
       scaling run studies/quickstart             train every cell (again to resume)
+      scaling status studies/quickstart --watch  where every cell stands, from anywhere
       scaling fit studies/quickstart             fit the law, with intervals
       scaling allocate studies/quickstart --budget 1e13
       scaling report studies/quickstart          one HTML file with every picture
@@ -169,58 +152,6 @@ def tokenize(paths, out, hub, subset, split, limit, field, as_json, **options):
 
 @cli.command()
 @click.argument("study", type=click.Path(path_type=Path))
-@click.option(
-    "--cell", "cells", multiple=True, metavar="ID", help="Train only this cell (may be given again)."
-)
-@click.option("--workers", type=click.IntRange(min=1), help="Worker processes (default: one a CPU core).")
-@click.option(
-    "--cores-per-worker",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="CPU only; the last bits of a result depend on it.",
-)
-@with_options(RUN_OPTIONS + DEVICE_OPTIONS)
-@json_option
-def run(study, cells, workers, cores_per_worker, as_json, **options):
-    """Train every cell of STUDY that is not finished; run it again after any interruption.
-
-    A killed run goes on from its checkpoints to the same numbers. Several `scaling run` on one
-    study share the work: no cell is trained twice.
-    """
-    from launch import local, show
-    from scaling.attempts import Budgets
-    from scaling.records import progress, read_manifest
-
-    wandb, pack = options["wandb"], options["pack"]
-    if wandb != "off" and importlib.util.find_spec("wandb") is None:
-        raise StudyError("--wandb needs the package wandb; install the extra: pip install 'scaling[wandb]'")
-    known = [e["id"] for e in read_manifest(study)["cells"]]
-    for cell in cells:
-        if cell not in known:
-            raise StudyError(f"--cell {cell!r} is not a cell of {study}; `scaling status {study}` lists them")
-    todo = [r for r in progress(study) if r["status"] not in ("finished", "diverged")]
-    todo = [r for r in todo if not cells or r["cell"] in cells]
-    if wandb != "off" and pack in ("turns", "vmap"):
-        raise StudyError(f"--pack is {pack!r} with --wandb; wandb mirrors one cell at a time: use --pack off")
-    if not todo:
-        message = f"nothing to do: all {len(cells or known)} cells of {study} have a result"
-        emit(as_json, {"outcome": "nothing to do"}, lambda: console.print(message))
-        return 0
-    budgets = Budgets(options["max_failures"], options["max_preemptions"])
-    largest = local.largest_cell(read_manifest(study)["cells"])
-    passed = [x for name, value in options.items() for x in as_argument(name, value)]
-    passed += [x for c in cells for x in ("--cell", c)]
-    one_job = options["mesh"] or options["distributed"]  # its worker has all devices of this machine
-    count = workers or (1 if one_job else local.default_workers(len(todo), cores_per_worker, largest))
-    with show.progress_bars(console, study, quiet=as_json) as on_poll:
-        code = local.run_study(study, count, passed, on_poll, cells, cores_per_worker, budgets)
-    emit(as_json, {"outcome": "done", "cells": progress(study)}, lambda: show.run_summary(console, study))
-    return code
-
-
-@cli.command()
-@click.argument("study", type=click.Path(path_type=Path))
 @with_options(PREFLIGHT_OPTIONS)
 @json_option
 def preflight(study, target, overrides, remat, prices, cache, no_cache, jobs, markdown, as_json):
@@ -258,18 +189,6 @@ def preflight(study, target, overrides, remat, prices, cache, no_cache, jobs, ma
         markdown.write_text(show_preflight.as_markdown(report, str(study)))
     emit(as_json, report, lambda: show_preflight.tables(console, report))
     return 0 if all(row["fits"] for row in rows if not row["whole_target"]) else 1
-
-
-@cli.command()
-@click.argument("study", type=click.Path(path_type=Path))
-@json_option
-def status(study, as_json):
-    """Show where every cell of STUDY stands, from the folder alone."""
-    from launch import show
-    from scaling.records import progress
-
-    rows = progress(study)
-    emit(as_json, rows, lambda: show.status(console, study, rows))
 
 
 @cli.command()
@@ -490,6 +409,10 @@ def report(study, out, budget, unique_tokens, against, laws, without, as_json):
 
     path = fitting.report(study, out, budget, unique_tokens, against, laws, without)
     emit(as_json, {"report": str(path)}, lambda: console.print(f"report: {path}", soft_wrap=True))
+
+
+for command in COMMANDS:
+    cli.add_command(command)
 
 
 if __name__ == "__main__":

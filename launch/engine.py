@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from scaling.attempts import Budgets, tally
+from scaling.attempts import Budgets, is_cancelled, tally
 from scaling.files import CellFolder, StudyError
 from scaling.records import read_manifest
 
@@ -104,7 +104,7 @@ def drive(
                 left = unfinished(group, budgets)
                 if ended.code == BAD_INPUT and left:
                     raise StudyError(last_words(ended))
-                if ended.code == 0 or not left:
+                if ended.code == 0 or not left or is_cancelled(group.study):
                     continue
                 took, began = attempts(group) > began, attempts(group)
                 idle_crashes = 0 if took or ended.settled else idle_crashes + 1

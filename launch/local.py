@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from launch.engine import Ended, Group, as_group, outcome_of, run_to_the_end
-from scaling.attempts import LAST_LINES, Budgets, renew
+from scaling.attempts import LAST_LINES, Budgets, cancel_file, renew
 from scaling.claims import FolderStore, close_for
 from scaling.files import CellFolder
 from scaling.flops import memory_bytes
@@ -193,6 +193,7 @@ def run_study(
       StudyError: a worker stopped at something that every cell would meet; its words are passed on.
     """
     check_cells(study)
+    cancel_file(study).unlink(missing_ok=True)
     for entry in read_manifest(study)["cells"]:
         if not CellFolder(study, entry["id"]).result.exists():
             renew(CellFolder(study, entry["id"]), budgets or Budgets())

@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 
 from launch import packs
-from scaling.attempts import LAST_LINES, Budgets, tally
+from scaling.attempts import LAST_LINES, Budgets, is_cancelled, tally
 from scaling.branches import spent_flops
 from scaling.chips import peak_flops
 from scaling.claims import ClaimLost, FolderStore, Keeper, Observer
@@ -48,7 +48,7 @@ def try_cells(study: Path, entries: list[dict], execution, keeper: Keeper, stop=
       StorageError: the study cannot be written. Preempted: ``stop`` was set.
     """
     from scaling import hosts
-    from scaling.train import train_pack
+    from scaling.train import Preempted, train_pack
 
     with contextlib.ExitStack() as claims:
         held, over = {}, []
@@ -66,13 +66,19 @@ def try_cells(study: Path, entries: list[dict], execution, keeper: Keeper, stop=
 
         def on_step(steps: dict[str, int]) -> bool:
             for name, step in steps.items():
-                held[name].step = step
-                held[name].check()
+                held[name].at_step(step)
             return stop.is_set()
+
+        for claim in held.values():
+            claim.record |= {**device_words(execution), "pack": len(held)}
 
         try:
             train_pack([job_of(study, e) for e in entries if e["id"] in held], execution, None, on_step)
             reason = None
+        except Preempted:
+            for claim in held.values() if is_cancelled(study) else ():
+                claim.close("released")  # a person's wish is no preemption
+            raise
         except ClaimLost:
             if hosts.several():
                 raise  # the peers are in the middle of a step: they end with this process
@@ -103,7 +109,7 @@ def work(
     pack: str = "auto",
     budgets: Budgets | None = None,
     heartbeat: float | None = None,
-    stop: threading.Event = NEVER,
+    stop: threading.Event | None = None,
 ) -> None:
     """Trains until every cell is done or has used up its budgets.
 
@@ -111,7 +117,8 @@ def work(
       study: the study folder. execution: how to run. only: the cells to train (and their trunks).
       pack: ``auto``, ``off``, ``turns`` or ``vmap``, see ``launch.packs``.
       budgets: how often a cell is tried again. heartbeat: seconds between heartbeats.
-      stop: when set, the cells at hand are saved and ``Preempted`` is raised.
+      stop: when set, the cells at hand are saved and ``Preempted`` is raised; so too when the study is
+        cancelled, at the next heartbeat.
 
     Raises:
       StorageError: the study cannot be written; no cell could go on.
@@ -119,7 +126,13 @@ def work(
     from scaling import hosts
     from scaling.train import Preempted
 
-    budgets = budgets or Budgets()
+    budgets, stop = budgets or Budgets(), stop or threading.Event()
+
+    def look() -> None:
+        if is_cancelled(study):
+            stop.set()
+
+    look()
     # a study planned by an earlier version lacks the fields added since
     entries = [{**e, "config": validate_cell(e["config"])} for e in read_manifest(study)["cells"]]
     wanted = with_their_trunks(entries, only)
@@ -128,7 +141,7 @@ def work(
     if not hosts.is_main():
         return follow(study, {e["id"]: e for e in wanted}, execution)
     size_of = pack_size(pack if not hosts.several() else "off")
-    with Keeper(Observer() if heartbeat is None else Observer(heartbeat)) as keeper:
+    with Keeper(Observer() if heartbeat is None else Observer(heartbeat), look) as keeper:
         while waiting := [e for e in order if not is_over(study, e, budgets)]:
             seen: set[str] = set()
             took = False
@@ -154,6 +167,16 @@ def work(
                 hosts.agree([])
             order = waiting
     hosts.agree(None)
+
+
+def device_words(execution) -> dict:
+    """What the attempt's file tells of the devices that the cells share."""
+    import jax
+
+    count = jax.device_count() if jax.process_count() > 1 else 1
+    if execution.mesh is not None:
+        count = execution.mesh.devices
+    return {"device_kind": jax.devices()[0].device_kind, "devices": count}
 
 
 def may_join(study: Path, entry: dict, budgets: Budgets) -> bool:

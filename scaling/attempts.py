@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from scaling.claims import FolderStore, is_gone, read_attempts
 from scaling.files import CellFolder, read_json, write_json
@@ -77,3 +78,12 @@ def renew(folder: CellFolder, budgets: Budgets) -> None:
     attempts = attempts_of(folder)
     if attempts and tally(folder, attempts).spent(budgets):
         write_json(folder.renewed, {"after": attempts[-1]["attempt"]})
+
+
+def cancel_file(study: Path | str) -> Path:
+    return Path(study) / "cancelled"
+
+
+def is_cancelled(study: Path | str) -> bool:
+    """Whether somebody asked all workers of the study to save and stop."""
+    return cancel_file(study).exists()

@@ -195,13 +195,34 @@ class Claim:
     """An attempt that this process holds.
 
     Attributes:
-      number: of the attempt, from 1. step: what the next heartbeat tells; set by the training loop.
+      number: of the attempt, from 1. step: what the next heartbeat tells.
     """
 
     def __init__(self, store, number: int, record: dict, clock=time.monotonic):
         self.store, self.number, self.record, self.clock = store, number, record, clock
         self.step: int | None = None
+        self.first: tuple | None = None
         self.lost, self.lock, self.last = False, threading.Lock(), clock()
+
+    def at_step(self, step: int) -> None:
+        """Takes note of the training loop's progress: the first call is its start, the second its first step.
+
+        Raises:
+          ClaimLost: as ``check``.
+        """
+        first, self.step = self.first, step
+        if first is None:
+            self.first = (step, None)
+        elif first[1] is None:
+            self.first = (step, self.clock())  # the first step's time is the compiler's
+            self.beat()
+        self.check()
+
+    def rate(self) -> float | None:
+        """Steps a second since this attempt's first step."""
+        if self.first is None or self.first[1] is None or self.step <= self.first[0]:
+            return None
+        return (self.step - self.first[0]) / max(1e-9, self.clock() - self.first[1])
 
     def beat(self) -> None:
         """Shows that the claimant lives, unless the claim is another's by now; then ``lost``.
@@ -213,7 +234,8 @@ class Claim:
                 return
             moved = self.step is not None and self.step != self.record["step"]
             self.record |= {"beat": self.record["beat"] + 1, "step": self.step}
-            if moved:
+            self.record["steps_per_second"] = self.rate()
+            if moved and self.first is not None and self.first[1] is not None:
                 self.record["step_beat"] = self.record["beat"]
             try:
                 if self.store.exists(attempt_name(self.number + 1)):
@@ -281,10 +303,10 @@ def take(store, key: str, observer: Observer, purpose: str = "train") -> Claim |
 
 
 class Keeper:
-    """The heart of a process: a thread that beats for every claim it holds."""
+    """The heart of a process: a thread that beats for every claim it holds and calls ``on_beat``."""
 
-    def __init__(self, observer: Observer):
-        self.observer, self.claims, self.end = observer, set(), threading.Event()
+    def __init__(self, observer: Observer, on_beat=lambda: None):
+        self.observer, self.claims, self.end, self.on_beat = observer, set(), threading.Event(), on_beat
         self.thread = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
 
     def __enter__(self) -> Keeper:
@@ -299,6 +321,7 @@ class Keeper:
         while not self.end.wait(self.observer.heartbeat):
             for claim in list(self.claims):
                 claim.beat()
+            self.on_beat()
 
     @contextlib.contextmanager
     def hold(self, store, key: str, purpose: str = "train"):

@@ -13,7 +13,7 @@ class Watchdog:
     """Writes every thread's stack to stderr and ends the process when no step has ended for ``seconds``.
 
     The first step, with data to open and a program to compile, has ``FIRST`` times as long. By Python's
-    ``faulthandler``, whose thread runs while the interpreter is stuck in a call, in a collective for instance.
+    ``faulthandler``, whose thread runs while the interpreter is stuck in a call, such as a collective.
     """
 
     def __init__(self, seconds: float):

@@ -88,7 +88,7 @@ def test_whole_path(done):
     said = scaling("run", "s", cwd=done)
     assert "nothing to do: all 6 cells" in said
     status = json.loads(scaling("status", "s", "--json", cwd=done))
-    assert [r["status"] for r in status] == ["finished"] * 6
+    assert [r["state"] for r in status["cells"]] == ["finished"] * 6
     scaling("collect", "s", cwd=done)
     for name in ("runs.csv", "runs.parquet"):
         np.testing.assert_array_equal(read_table(done / "s" / name)["loss"], table["loss"])

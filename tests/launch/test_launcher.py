@@ -133,7 +133,7 @@ def test_asked_to_stop_it_saves_and_goes_on_from_there(study):
     from launch.work import job_of
     from scaling.train import Execution, Preempted, train, train_pack
 
-    path, cells = study
+    path, _ = study
     entry = read_json(path / "manifest.json")["cells"][0]
     job = job_of(path, entry)
     with pytest.raises(Preempted):

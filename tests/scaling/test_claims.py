@@ -111,7 +111,8 @@ def test_a_dead_process_of_this_machine_is_known_at_once(tmp_path):
 def test_the_keeper_beats_tells_the_step_and_closes(store):
     observer = Observer(heartbeat=0.02)
     with Keeper(observer) as keeper, keeper.hold(store, "c") as claim:
-        claim.step = 7
+        claim.at_step(6)
+        claim.at_step(7)
         seen = threading.Event()
         for _ in range(500):
             if (claims.latest(store)[1]["step_beat"] or 0) > 0:

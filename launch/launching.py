@@ -1,0 +1,158 @@
+"""The commands that run a study and look after it: run, launch, relaunch, status, cancel."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from pathlib import Path
+
+import click
+
+from launch.options import DEVICE_OPTIONS, RUN_OPTIONS, as_argument, with_options
+from launch.output import console, emit, json_option
+from scaling.files import StudyError, write_whole
+
+study_argument = click.argument("study", type=click.Path(path_type=Path))
+WORKER_OPTIONS = (
+    click.option(
+        "--cell", "cells", multiple=True, metavar="ID", help="Train only this cell (may be given again)."
+    ),
+    click.option(
+        "--workers", type=click.IntRange(min=1), help="Worker processes (default: one a CPU core or GPU)."
+    ),
+    click.option(
+        "--cores-per-worker",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="CPU only; the last bits of a result depend on it.",
+    ),
+)
+
+
+@click.command()
+@study_argument
+@with_options(WORKER_OPTIONS + RUN_OPTIONS + DEVICE_OPTIONS)
+@json_option
+def run(study, cells, workers, cores_per_worker, as_json, **options):
+    """Train every cell of STUDY that is not finished; run it again after any interruption.
+
+    A killed run goes on from its checkpoints to the same numbers. Several `scaling run` on one
+    study share the work, from several machines too where they see one folder: no cell is trained twice.
+    """
+    return run_here(study, cells, workers, cores_per_worker, as_json, options)
+
+
+@click.command()
+@click.argument("config_or_study", type=click.Path(path_type=Path))
+@click.option("--on", type=click.Choice(["local"]), default="local", show_default=True, help="Where.")
+@click.option("--study", type=click.Path(path_type=Path), help="Study folder (default: studies/NAME).")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of a config.")
+@with_options(WORKER_OPTIONS + RUN_OPTIONS + DEVICE_OPTIONS)
+@json_option
+def launch(config_or_study, on, study, overrides, cells, workers, cores_per_worker, as_json, **options):
+    """Plan CONFIG where that is not done yet, and train what has no result: `scaling plan` and `run` in one.
+
+    A study folder in place of CONFIG is taken as it is.
+    """
+    if config_or_study.is_dir():
+        if overrides or study:
+            raise StudyError(f"--set and --study are for a config; {config_or_study} is planned already")
+        study = config_or_study
+    else:
+        study = plan_there(config_or_study, study, list(overrides))
+    return run_here(study, cells, workers, cores_per_worker, as_json, options)
+
+
+@click.command()
+@study_argument
+@with_options(WORKER_OPTIONS + RUN_OPTIONS + DEVICE_OPTIONS)
+@json_option
+def relaunch(study, cells, workers, cores_per_worker, as_json, **options):
+    """Train what STUDY lacks after a failure or a cancel; cells that were given up are tried again."""
+    return run_here(study, cells, workers, cores_per_worker, as_json, options)
+
+
+@click.command()
+@study_argument
+@click.option("--watch", is_flag=True, help="Again every two seconds, until all is done.")
+@click.option("--all", "everything", is_flag=True, help="Every cell, however many there are.")
+@click.option("--price", type=click.FloatRange(min=0), help="Of a device-hour: says the cost too.")
+@json_option
+def status(study, watch, everything, price, as_json):
+    """Show where every cell of STUDY stands, from the folder alone."""
+    from launch import show_status
+    from launch.status import study_status
+
+    if watch and not as_json:
+        return show_status.watch(console, study, price, everything)
+    found = study_status(study, price)
+    emit(as_json, found, lambda: console.print(show_status.table(study, found, everything)))
+
+
+@click.command()
+@study_argument
+@json_option
+def cancel(study, as_json):
+    """Ask every worker of STUDY, wherever it runs, to save and stop; `scaling relaunch` goes on.
+
+    They see it at their next heartbeat, within ten seconds, and stop after the step at hand.
+    """
+    from scaling.attempts import cancel_file
+    from scaling.records import read_manifest
+
+    read_manifest(study)
+    write_whole(cancel_file(study), time.strftime("%Y-%m-%dT%H:%M:%SZ\n", time.gmtime()))
+    said = f"workers of {study} will save and stop; to go on: scaling relaunch {study}"
+    emit(as_json, {"outcome": "cancelled"}, lambda: console.print(said, soft_wrap=True))
+
+
+def plan_there(config: Path, study: Path | None, overrides: list[str]) -> Path:
+    """Plans a config into its study folder, unless it holds that very plan; returns the folder."""
+    from launch.show import data_facts
+    from scaling import data
+    from scaling.config import validate_section
+    from scaling.grid import plan, write_manifest
+    from scaling.study import load_study
+
+    settings = load_study(config, overrides)
+    study = study or Path("studies") / settings["name"]
+    dataset = data.open_data(validate_section("data", settings["data"]))
+    write_manifest(study, plan(settings, data_facts(dataset, settings["data"].get("seq", 128))), False)
+    return study
+
+
+def run_here(study: Path, cells, workers, cores_per_worker: int, as_json: bool, options: dict) -> int:
+    """Trains on this machine; the exit code."""
+    from launch import local, show
+    from scaling.attempts import Budgets
+    from scaling.records import progress, read_manifest
+
+    wandb, pack = options["wandb"], options["pack"]
+    if wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise StudyError("--wandb needs the package wandb; install the extra: pip install 'scaling[wandb]'")
+    entries = read_manifest(study)["cells"]
+    known = {e["id"] for e in entries}
+    for cell in cells:
+        if cell not in known:
+            raise StudyError(f"--cell {cell!r} is not a cell of {study}; `scaling status {study}` lists them")
+    todo = [r for r in progress(study) if r["status"] not in ("finished", "diverged")]
+    todo = [r for r in todo if not cells or r["cell"] in cells]
+    if wandb != "off" and pack in ("turns", "vmap"):
+        raise StudyError(f"--pack is {pack!r} with --wandb; wandb mirrors one cell at a time: use --pack off")
+    if not todo:
+        message = f"nothing to do: all {len(cells or known)} cells of {study} have a result"
+        emit(as_json, {"outcome": "nothing to do"}, lambda: console.print(message))
+        return 0
+    budgets = Budgets(options["max_failures"], options["max_preemptions"])
+    passed = [x for name, value in options.items() for x in as_argument(name, value)]
+    one_job = options["mesh"] or options["distributed"]  # its worker has all devices of this machine
+    largest = local.largest_cell(entries)
+    count = workers or (1 if one_job else local.default_workers(len(todo), cores_per_worker, largest))
+    with show.progress_bars(console, study, quiet=as_json) as on_poll:
+        code = local.run_study(study, count, passed, on_poll, cells, cores_per_worker, budgets)
+    emit(as_json, {"outcome": "done", "cells": progress(study)}, lambda: show.run_summary(console, study))
+    return code
+
+
+COMMANDS = (run, launch, relaunch, status, cancel)
