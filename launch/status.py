@@ -67,7 +67,7 @@ def cell_status(study: Path | str, entry: dict) -> dict:
         return row | {
             "state": result["status"],
             "step": result["steps"],
-            "durable_step": result["steps"],
+            "durable_step": result["steps"] if result["status"] == "finished" else row["durable_step"],
             "loss": result["loss"],
             "tokens_per_second": timing.get("tokens_per_second"),
             "mfu": mfu(timing.get("flops_per_second"), kind),

@@ -74,7 +74,7 @@ def try_cells(study: Path, entries: list[dict], execution, keeper: Keeper, stop=
 
         try:
             train_pack([job_of(study, e) for e in entries if e["id"] in held], execution, None, on_step)
-            reason = None
+            reason, final, log = None, False, ""
         except Preempted:
             for claim in held.values() if is_cancelled(study) else ():
                 claim.close("released")  # a person's wish is no preemption
@@ -86,17 +86,20 @@ def try_cells(study: Path, entries: list[dict], execution, keeper: Keeper, stop=
         except StorageError:
             raise
         except (ConfigError, StudyError) as error:  # the same again would end the same
-            reason, final = str(error), len(held) == 1
+            reason, final, log = str(error), len(held) == 1, traceback.format_exc()
         except Exception as error:
             if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
                 raise StorageError(explain_os_error(error, error.filename or study)) from error
-            reason, final = f"{type(error).__name__}: {error}".splitlines()[0], False
+            reason, final, log = (
+                f"{type(error).__name__}: {error}".splitlines()[0],
+                False,
+                traceback.format_exc(),
+            )
         for name, claim in held.items():
             folder = CellFolder(study, name)
             if folder.result.exists():
                 claim.close(read_json(folder.result)["status"])
                 continue
-            log = traceback.format_exc()
             folder.log.write_text(log)
             claim.close("failed", reason=reason, final=final, log=log.splitlines()[-LAST_LINES:])
     return [*over, *held]

@@ -60,6 +60,10 @@ def test_every_kind_of_crash_is_counted_and_the_others_finish(study):
     reasons = {seed: rows[folder.path.name]["reason"] for seed, folder in cells.items()}
     assert "a_module_that_is_not_there" in reasons[0] and "RESOURCE_EXHAUSTED" in reasons[1]
     assert "row 7" in reasons[2] and "watchdog" in reasons[3] and "nan" in reasons[4]
+    for seed in (0, 1, 2):  # the traceback is kept, in the record and beside it
+        last = attempts_of(cells[seed])[-1]["log"]
+        assert reasons[seed] in last[-1] and any("in crash" in line for line in last)
+        assert "in crash" in cells[seed].log.read_text()
     hung = attempts_of(cells[3])[-1]["log"]
     assert any("in crash" in line for line in hung)  # where it hung is in the stack
     assert not any(cells[s].result.exists() for s in (0, 1, 2, 3, 5))
