@@ -97,17 +97,13 @@ def plan(config, study, overrides, grow, dry_run, no_estimate, as_json):
     CONFIG is a Python file with get_config(), such as experiments/quickstart.py. Nothing is trained.
     """
     from launch import show
-    from scaling import data
-    from scaling.config import validate_section
-    from scaling.grid import plan as make_plan
+    from launch.planning import manifest_of
     from scaling.grid import write_manifest
     from scaling.study import load_study
 
     settings = load_study(config, list(overrides))
     study = study or Path("studies") / settings["name"]
-    dataset = data.open_data(validate_section("data", settings["data"]))
-    facts = show.data_facts(dataset, settings["data"].get("seq", 128))
-    manifest = make_plan(settings, facts)
+    manifest = manifest_of(settings)
     estimate = None if no_estimate else show.estimate(manifest)
     outcome = "dry run" if dry_run else write_manifest(study, manifest, grow)
     value = {**manifest, "outcome": outcome, "folder": str(study), "estimate": estimate}

@@ -109,16 +109,13 @@ def cancel(study, as_json):
 
 def plan_there(config: Path, study: Path | None, overrides: list[str]) -> Path:
     """Plans a config into its study folder, unless it holds that very plan; returns the folder."""
-    from launch.show import data_facts
-    from scaling import data
-    from scaling.config import validate_section
-    from scaling.grid import plan, write_manifest
+    from launch.planning import manifest_of
+    from scaling.grid import write_manifest
     from scaling.study import load_study
 
     settings = load_study(config, overrides)
     study = study or Path("studies") / settings["name"]
-    dataset = data.open_data(validate_section("data", settings["data"]))
-    write_manifest(study, plan(settings, data_facts(dataset, settings["data"].get("seq", 128))), False)
+    write_manifest(study, manifest_of(settings), False)
     return study
 
 

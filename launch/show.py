@@ -153,25 +153,6 @@ def plan(console: Console, manifest: dict, estimate: dict | None, study: Path, o
     console.print(words[outcome], soft_wrap=True)
 
 
-def data_facts(dataset, seq: int) -> dict:
-    """What the manifest keeps of a data set."""
-    from scaling.data import Mixture, first_repeat
-
-    heldout = len(dataset.heldout)
-    if isinstance(dataset.heldout, Mixture):  # as many as can be had in its proportions
-        heldout = first_repeat(dataset.heldout, seq, "held-out") * seq + 1
-    known = {"entropy_rate": dataset.entropy_rate, "ideal_loss": dataset.ideal_loss}
-    return {
-        "fingerprint": dataset.fingerprint,
-        "vocab": dataset.vocab,
-        "unique_tokens": first_repeat(dataset.train, seq) * seq,
-        "heldout_tokens": heldout,
-        "bytes_per_token": dataset.bytes_per_token,
-        "describe": dataset.describe(),
-        **{key: value for key, value in known.items() if value is not None},
-    }
-
-
 @contextlib.contextmanager
 def progress_bars(console: Console, study: Path, quiet: bool = False) -> Iterator:
     """Yields a function to call often: it redraws the study's bar and one bar a running cell.

@@ -7,8 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from scaling import data
-from scaling.config import SCHEMA, validate_cell, validate_section
+from scaling.config import SCHEMA, validate_cell
 from scaling.flops import ledger
 from scaling.grid import plan
 from scaling.program import Static, program_key
@@ -67,10 +66,9 @@ def read_cells(study: Path, overrides: Iterable[str] = ()) -> tuple[list[dict], 
     settings = load_study(study, list(overrides))
     if "vocab" in settings["model"]:
         return plan(settings, unseen_facts(settings))["cells"], UNSEEN
-    from launch.show import data_facts
+    from launch.planning import manifest_of
 
-    dataset = data.open_data(validate_section("data", settings["data"]))
-    return plan(settings, data_facts(dataset, settings["data"].get("seq", 128)))["cells"], None
+    return manifest_of(settings)["cells"], None
 
 
 def unseen_facts(settings: Mapping) -> dict:

@@ -9,11 +9,11 @@ from tiny_study import tiny_study
 
 from launch import engine, local
 from launch.engine import Ended, Group, drive, outcome_of
+from launch.planning import manifest_of
 from scaling.attempts import Budgets, attempts_of, renew, tally
 from scaling.claims import FolderStore, Observer, take
-from scaling.data import open_data
 from scaling.files import CellFolder, StudyError, read_json
-from scaling.grid import plan, write_manifest
+from scaling.grid import write_manifest
 from scaling.records import progress
 from scaling.study import validate_study
 
@@ -23,14 +23,9 @@ KINDS = {0: "import", 1: "memory", 2: "data", 3: "hang", 4: "nan", 5: "killed"}
 
 def planned(corpus, folder, seeds):
     """A study of one tiny size, a cell a seed."""
-    from launch import show
-    from scaling.config import validate_section
-
     cells = [{"params": 3e3, "tokens": 2e3, "seed": s} for s in seeds]
     config = tiny_study(corpus, grid={"kind": "list", "cells": cells, "min_steps": 10})
-    settings = validate_study(config)
-    facts = show.data_facts(open_data(validate_section("data", settings["data"])), 32)
-    manifest = plan(settings, facts)
+    manifest = manifest_of(validate_study(config))
     write_manifest(folder, manifest, False)
     return {e["config"]["train"]["seed"]: CellFolder(folder, e["id"]) for e in manifest["cells"]}
 

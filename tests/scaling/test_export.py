@@ -221,7 +221,7 @@ def study(corpus, tmp_path_factory):
     settings["model"] |= {"cross_document": True}
     folder = tmp_path_factory.mktemp("export") / "s"
     dataset = data.open_data(validate_section("data", settings["data"]))
-    from launch.show import data_facts
+    from launch.planning import data_facts
     from scaling.study import validate_study
 
     manifest = plan(validate_study(settings), data_facts(dataset, 32))

@@ -138,7 +138,7 @@ def test_opening_a_mixture():
 
 
 def test_the_planner_counts_epochs_of_the_most_repeated_component():
-    from launch.show import data_facts
+    from launch.planning import data_facts
 
     facts = data_facts(open_data(section()), 20)
     # a third of the samples come from 199 rows of the second component: 3 x 199 samples until one returns

@@ -191,7 +191,7 @@ def test_drawn_once_for_a_seed_and_apart_for_train_and_heldout(name, monkeypatch
 
 
 def test_known_rates_are_carried_to_the_manifest_and_unknown_ones_are_not(text_folder):
-    from launch.show import data_facts
+    from launch.planning import data_facts
 
     dataset = open_data(WALK)
     facts = data_facts(dataset, WALK["seq"])
