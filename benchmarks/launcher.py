@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import runpy
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "launcher.md"
-CRASHING = ROOT / "tests" / "launch" / "crashing_worker.py"
+TESTS = ROOT / "tests"
+CRASHING = TESTS / "launch" / "crashing_worker.py"
 SCALING = (sys.executable, "-m", "launch.cli")
 KINDS = ("import", "memory", "data", "hang", "nan")
 WATCHDOG_SECONDS = 4
@@ -53,28 +55,10 @@ def plan(folder: Path, name: str, cells: int) -> Path:
     rng = np.random.default_rng(0)
     for i in range(20):
         (corpus / f"{i}.txt").write_bytes(rng.integers(97, 107, 4000, dtype=np.uint8).tobytes())
-    config = {
-        "name": name,
-        "grid": {
-            "kind": "list",
-            "cells": [{"params": 3e3, "tokens": 640, "seed": s} for s in range(cells)],
-            "min_steps": 5,
-            "tolerance": 0.5,
-        },
-        "model": {"head_dim": 8},
-        "data": {"source": "text", "path": str(corpus), "seq": 32},
-        "recipe": {
-            "params": 6e3,
-            "tokens": 3e4,
-            "lr": 1e-2,
-            "batch_tokens": 64,
-            "width_per_layer": 16.0,
-            "width_multiple": 8,
-            "ffn_multiple": 8,
-            "min_warmup_steps": 2,
-        },
-        "eval": {"sequences": 8},
-    }
+    tiny_study = runpy.run_path(str(TESTS / "tiny_study.py"))["tiny_study"]
+    cells = [{"params": 3e3, "tokens": 640, "seed": s} for s in range(cells)]
+    grid = {"kind": "list", "cells": cells, "min_steps": 5, "tolerance": 0.5}
+    config = tiny_study(corpus, batch_tokens=64, name=name, grid=grid, eval={"sequences": 8})
     file.write_text(json.dumps(config))
     subprocess.run(
         [*SCALING, "plan", str(file), "--study", str(study), "--no-estimate"],

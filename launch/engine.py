@@ -11,11 +11,12 @@ from __future__ import annotations
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from scaling.attempts import Budgets, is_cancelled, tally
+from scaling.claims import FolderStore, numbers
 from scaling.files import CellFolder, StudyError
 from scaling.records import read_manifest
 
@@ -130,12 +131,19 @@ def unfinished(group: Group, budgets: Budgets) -> list[str]:
 
 def attempts(group: Group) -> int:
     """Attempts at the group's cells, ever."""
-    folders = (CellFolder(group.study, name).attempts for name in ids(group))
-    return sum(len(list(f.glob("[0-9]*.json"))) for f in folders)
+    return sum(len(numbers(FolderStore(CellFolder(group.study, name).attempts))) for name in ids(group))
 
 
 def last_words(ended: Ended) -> str:
-    """One sentence about a job that stopped."""
+    """One sentence for a person about a job that stopped."""
+    reason = reason_of(ended)
+    if ended.words.strip().splitlines()[-1:] == [f"error: {reason}"]:
+        return reason
+    return f"{reason}; what is done is kept, run the same command again to go on"
+
+
+def reason_of(ended: Ended) -> str:
+    """Why a job stopped: its own clear error, or how its process ended."""
     lines = ended.words.strip().splitlines()
     if lines and lines[-1].startswith("error: "):
         return lines[-1].removeprefix("error: ")
@@ -144,7 +152,7 @@ def last_words(ended: Ended) -> str:
     )  # fmt: skip
     why = " (out of memory?)" if ended.code == -signal.SIGKILL else ""
     said = f"; its last words: {lines[-1]}" if lines else ""
-    return f"a worker {how}{why}{said}; what is done is kept, run the same command again to go on"
+    return f"a worker {how}{why}{said}"
 
 
 def outcome_of(ended: Ended, out_of_memory: bool) -> tuple[str, str]:
@@ -159,14 +167,10 @@ def outcome_of(ended: Ended, out_of_memory: bool) -> tuple[str, str]:
         return "failed", "out of memory: the kernel killed the worker"
     if ended.code in (PREEMPTED, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP):
         return "preempted", "stopped from outside"
-    return "failed", last_words(ended).split("; what is done")[0]
+    return "failed", reason_of(ended)
 
 
 def run_to_the_end(engine: Engine, group: Group, jobs: int, on_poll, budgets: Budgets | None = None) -> int:
     """``drive``; returns 0 where every cell has a result, else 1."""
     drive(engine, group, jobs, on_poll, budgets)
     return 0 if all(CellFolder(group.study, name).result.exists() for name in ids(group)) else 1
-
-
-def as_group(study: Path, cells: Sequence[str], options: Sequence[str]) -> Group:
-    return Group(Path(study), tuple(cells), tuple(options))

@@ -8,26 +8,11 @@ from pathlib import Path
 
 import click
 
-from launch.options import DEVICE_OPTIONS, RUN_OPTIONS, as_argument, with_options
+from launch.options import DEVICE_OPTIONS, RUN_OPTIONS, WORKER_OPTIONS, as_argument, with_options
 from launch.output import console, emit, json_option
 from scaling.files import StudyError, write_whole
 
 study_argument = click.argument("study", type=click.Path(path_type=Path))
-WORKER_OPTIONS = (
-    click.option(
-        "--cell", "cells", multiple=True, metavar="ID", help="Train only this cell (may be given again)."
-    ),
-    click.option(
-        "--workers", type=click.IntRange(min=1), help="Worker processes (default: one a CPU core or GPU)."
-    ),
-    click.option(
-        "--cores-per-worker",
-        type=click.IntRange(min=1),
-        default=1,
-        show_default=True,
-        help="CPU only; the last bits of a result depend on it.",
-    ),
-)
 
 
 @click.command()

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from launch.engine import Ended, Group, as_group, outcome_of, run_to_the_end
+from launch.engine import Ended, Group, outcome_of, run_to_the_end
 from scaling.attempts import LAST_LINES, Budgets, cancel_file, renew
 from scaling.claims import FolderStore, close_for
 from scaling.files import CellFolder
@@ -199,4 +199,4 @@ def run_study(
             renew(CellFolder(study, entry["id"]), budgets or Budgets())
     gpus = visible_gpus()
     engine = engine or Local(cores_per_worker, gpus if len(gpus) > 1 and count > 1 else ())
-    return run_to_the_end(engine, as_group(study, only, options), count, on_poll, budgets)
+    return run_to_the_end(engine, Group(Path(study), tuple(only), tuple(options)), count, on_poll, budgets)

@@ -7,6 +7,23 @@ from pathlib import Path
 
 import click
 
+from scaling.attempts import MAX_FAILURES, MAX_PREEMPTIONS
+
+WORKER_OPTIONS = (
+    click.option(
+        "--cell", "cells", multiple=True, metavar="ID", help="Train only this cell (may be given again)."
+    ),
+    click.option(
+        "--workers", type=click.IntRange(min=1), help="Worker processes (default: one a CPU core or GPU)."
+    ),
+    click.option(
+        "--cores-per-worker",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="CPU only; the last bits of a result depend on it.",
+    ),
+)
 RUN_OPTIONS = (
     click.option("--checkpoint-seconds", type=float, default=60.0, show_default=True),
     click.option("--checkpoint-steps", type=click.IntRange(min=1), help="Save also every so many steps."),
@@ -35,14 +52,14 @@ RUN_OPTIONS = (
     click.option(
         "--max-failures",
         type=click.IntRange(min=1),
-        default=2,
+        default=MAX_FAILURES,
         show_default=True,
         help="Of a cell's attempts.",
     ),
     click.option(
         "--max-preemptions",
         type=click.IntRange(min=1),
-        default=50,
+        default=MAX_PREEMPTIONS,
         show_default=True,
         help="Of a cell's attempts: cut off from outside, not its fault.",
     ),

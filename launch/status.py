@@ -11,7 +11,7 @@ from pathlib import Path
 
 from scaling.attempts import attempts_of, tally
 from scaling.branches import spent_flops
-from scaling.claims import PATIENCE, is_gone
+from scaling.claims import PATIENCE, attempt_name, outcome
 from scaling.files import CellFolder, read_json
 from scaling.flops import ledger
 from scaling.records import mfu, read_manifest, read_result
@@ -38,7 +38,7 @@ def cell_status(study: Path | str, entry: dict) -> dict:
     """One cell: see ``docs/launch.md`` for the fields."""
     folder, config = CellFolder(study, entry["id"]), entry["config"]
     attempts = attempts_of(folder)
-    counts = [a["outcome"] or ("preempted" if is_gone(a) else None) for a in attempts]
+    counts = list(map(outcome, attempts))
     last = attempts[-1] if attempts else None
     row = {
         "cell": entry["id"],
@@ -76,7 +76,7 @@ def cell_status(study: Path | str, entry: dict) -> dict:
     row["step"] = max(row["first"], row["durable_step"] or 0)
     if last is None:
         return row
-    if last["outcome"] is not None or is_gone(last):
+    if counts[-1] is not None:
         words = tally(folder, attempts)
         failed = words.last == "failed"
         log = last.get("log", []) if failed else []
@@ -109,7 +109,7 @@ def state_of(attempt: dict, silent_seconds: float) -> str:
 
 
 def seconds_since(folder: CellFolder, number: int) -> float:
-    return time.time() - (folder.attempts / f"{number:04d}.json").stat().st_mtime
+    return time.time() - (folder.attempts / attempt_name(number)).stat().st_mtime
 
 
 def durable_step(folder: CellFolder) -> int | None:

@@ -151,16 +151,12 @@ def work(
             for entry in waiting:
                 if stop.is_set():
                     raise Preempted
-                if (
-                    entry["id"] in seen
-                    or is_over(study, entry, budgets)
-                    or not is_ready(study, entry, budgets)
-                ):
+                if entry["id"] in seen or not may_start(study, entry, budgets):
                     continue
                 group = [entry]
-                if size_of(entry["config"]) > 1 and not tally(CellFolder(study, entry["id"])).failures:
+                if size_of(entry["config"]) > 1 and not has_failed(study, entry):
                     group += [e for e in waiting if e is not entry and e["id"] not in seen]
-                    group = [e for e in group if may_join(study, e, budgets)]
+                    group = [e for e in group if may_start(study, e, budgets) and not has_failed(study, e)]
                     group = packs.form_pack(group, size_of)
                 done = try_cells(study, group, execution, keeper, stop)
                 took = took or bool(done)
@@ -182,11 +178,14 @@ def device_words(execution) -> dict:
     return {"device_kind": jax.devices()[0].device_kind, "devices": count}
 
 
-def may_join(study: Path, entry: dict, budgets: Budgets) -> bool:
-    """Whether a cell may train beside others; one that failed in company tries again alone."""
-    if is_over(study, entry, budgets) or not is_ready(study, entry, budgets):
-        return False
-    return not tally(CellFolder(study, entry["id"])).failures
+def may_start(study: Path, entry: dict, budgets: Budgets) -> bool:
+    """Whether a cell is still to be trained and waits for nothing."""
+    return not is_over(study, entry, budgets) and is_ready(study, entry, budgets)
+
+
+def has_failed(study: Path, entry: dict) -> bool:
+    """Whether a cell has failed before: it tries again alone, as its company may have been the reason."""
+    return tally(CellFolder(study, entry["id"])).failures > 0
 
 
 def follow(study: Path, entries: dict[str, dict], execution) -> None:

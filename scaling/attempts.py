@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from scaling.claims import FolderStore, is_gone, read_attempts
+from scaling.claims import FolderStore, outcome, read_attempts
 from scaling.files import CellFolder, read_json, write_json
 
 MAX_FAILURES = 2
@@ -59,18 +59,13 @@ def tally(folder: CellFolder, attempts: Sequence[dict] | None = None) -> Tally:
     """What counts against a cell's budgets. ``attempts``: where they were read already."""
     attempts = attempts_of(folder) if attempts is None else attempts
     since = read_json(folder.renewed)["after"] if attempts and folder.renewed.exists() else 0
-    ended = [
-        {**a, "outcome": a["outcome"] or "preempted"}
-        for a in attempts
-        if a["outcome"] is not None or is_gone(a)
-    ]
-    counted = [a for a in ended if a["attempt"] > since and a["outcome"] != "released"]
+    counted = [a for a in attempts if a["attempt"] > since and outcome(a) not in (None, "released")]
     if not counted:
         return Tally()
-    outcomes, last = [a["outcome"] for a in counted], counted[-1]
+    outcomes, last = list(map(outcome, counted)), counted[-1]
     final = any(a.get("final", False) for a in counted)
     failures, preemptions = outcomes.count("failed"), outcomes.count("preempted")
-    return Tally(failures, preemptions, last["outcome"], last.get("reason"), final)
+    return Tally(failures, preemptions, outcomes[-1], last.get("reason"), final)
 
 
 def renew(folder: CellFolder, budgets: Budgets) -> None:

@@ -122,11 +122,6 @@ class ObjectStore:
         return self.read(name) is not None
 
 
-def open_store(path: Path | str) -> FolderStore | ObjectStore:
-    """The store at a folder or a URL."""
-    return ObjectStore(str(path)) if "://" in str(path) else FolderStore(path)
-
-
 def machine() -> str:
     """This machine, this boot and this space of process ids: where a process id means something."""
     parts = [platform.node()]
@@ -152,24 +147,30 @@ def is_gone(record: Mapping) -> bool:
     return process_start(record["pid"]) != record["started"]
 
 
+def outcome(record: Mapping) -> str | None:
+    """How an attempt ended, ``preempted`` where its process is gone without a word; None: under way?"""
+    return record["outcome"] or ("preempted" if is_gone(record) else None)
+
+
 def attempt_name(n: int) -> str:
     return f"{n:04d}.json"
 
 
+def numbers(store) -> list[int]:
+    """The attempts that were begun, in order."""
+    return sorted(int(n[:-5]) for n in store.names() if n.endswith(".json") and n[:-5].isdigit())
+
+
 def latest(store) -> tuple[int, dict | None]:
     """Number and content of the last attempt; (0, None) before the first."""
-    numbers = [int(n[:-5]) for n in store.names() if n.endswith(".json") and n[:-5].isdigit()]
-    if not numbers:
-        return 0, None
-    data = store.read(attempt_name(max(numbers)))
-    return max(numbers), None if data is None else json.loads(data)
+    number = max(numbers(store), default=0)
+    data = store.read(attempt_name(number)) if number else None
+    return number, None if data is None else json.loads(data)
 
 
 def read_attempts(store) -> list[dict]:
     """All attempts in order; ``outcome`` of one that was taken over without a word is ``preempted``."""
-    names = [n for n in store.names() if n.endswith(".json") and n[:-5].isdigit()]
-    found = [{"attempt": int(n[:-5]), **json.loads(store.read(n))} for n in names]
-    found.sort(key=lambda a: a["attempt"])
+    found = [{"attempt": n, **json.loads(store.read(attempt_name(n)))} for n in numbers(store)]
     for attempt in found[:-1]:
         attempt["outcome"] = attempt["outcome"] or "preempted"
     return found
@@ -336,12 +337,6 @@ class Keeper:
         finally:
             self.claims.discard(claim)
             claim.close("preempted")
-
-
-def is_held(store) -> bool:
-    """Whether the last attempt is open and its process is not known to be gone; needs no right to write."""
-    number, last = latest(store)
-    return bool(number and last and last["outcome"] is None and not is_gone(last))
 
 
 def close_for(store, pid: int, outcome: str, **words) -> bool:

@@ -15,7 +15,7 @@ import pandas as pd
 from scaling.attempts import attempts_begun, attempts_of, tally
 from scaling.branches import spent_flops
 from scaling.chips import peak_flops
-from scaling.claims import is_gone
+from scaling.claims import outcome
 from scaling.config import cell_id, validate_cell
 from scaling.files import CellFolder, StudyError, read_json, read_jsonl, write_whole
 from scaling.flops import ledger
@@ -207,7 +207,7 @@ def mfu(flops_per_second: float | None, device_kind: str) -> float | None:
 def unfinished(folder: CellFolder) -> tuple[str, str]:
     """Status and reason of a cell without a result."""
     attempts = attempts_of(folder)
-    if attempts and attempts[-1]["outcome"] is None and not is_gone(attempts[-1]):
+    if attempts and outcome(attempts[-1]) is None:
         return "running", "no result yet"
     words = tally(folder, attempts)
     if words.last == "failed":

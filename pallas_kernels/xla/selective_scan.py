@@ -88,9 +88,14 @@ def _step(rate_SE, h_BSE, x):
     """The state after a token, its decay, and what of the state before was kept (none where fresh)."""
     u, dt, key, _, fresh = x
     dt_1, key_1 = dt[:, None], key[:, :, None]
-    decay = 1 - dt_1 * (key_1 * key_1) if rate_SE is None else jnp.exp(dt_1 * rate_SE)
+    decay = _decay(rate_SE, dt_1, key_1)
     kept = h_BSE if fresh is None else jnp.where(fresh[:, None, None], 0, h_BSE)
     return decay * kept + (dt * u)[:, None] * key_1, decay, kept
+
+
+def _decay(rate_SE, dt_1E, key_S1):
+    """[..., S, E]: Mamba's, or Longhorn's where there is no rate."""
+    return 1 - dt_1E * (key_S1 * key_S1) if rate_SE is None else jnp.exp(dt_1E * rate_SE)
 
 
 def _cast(xs, dtype):
@@ -102,7 +107,7 @@ def _chunk(implementation, rate_SE, h_BSE, xs):
     """(state after the chunk, y) of one chunk, its states by ``linear_scan``."""
     u, dt, key, query, fresh = jax.tree.map(lambda x: x.swapaxes(0, 1), _cast(xs, h_BSE.dtype))
     dt, key = dt[:, :, None], key[..., None]
-    decay = 1 - dt * (key * key) if rate_SE is None else jnp.exp(dt * rate_SE)
+    decay = _decay(rate_SE, dt, key)
     if fresh is not None:
         decay = jnp.where(fresh[..., None, None], 0, decay)
     h_BcSE, last_BSE = linear_scan(decay, dt * u[:, :, None] * key, h_BSE, implementation=implementation)
