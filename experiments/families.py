@@ -14,9 +14,11 @@ def get_config():
     study.grid = dict(
         kind="isoflop",
         budgets=[2e10, 5e10, 1.25e11],
-        params=[[9e3, 14e3, 20e3, 40e3], [9e3, 20e3, 40e3, 68e3], [14e3, 20e3, 40e3, 68e3]],
+        params=[[10e3, 14e3, 20e3, 40e3], [10e3, 20e3, 40e3, 68e3], [14e3, 20e3, 40e3, 68e3]],
         tolerance=0.03,
     )
+    # finer widths than the quickstart's: else some families reach a small N by depth alone (14 layers of 12)
+    study.model.head_dim = study.recipe.width_multiple = 6
     return ConfigDict(
         dict(
             name="families",

@@ -52,8 +52,8 @@ def gated_delta_rule(
       state0: float [B, N, D, E], the state before the first token; zeros where None.
       segment_ids: int [B, T]: where the id differs from that of the token before, the state before counts as
         zero. The first token takes ``state0``.
-      chunk: tokens of a chunk, 64 where None; for ``pallas_tpu`` a multiple of 16. The backward pass keeps a
-        state for every chunk.
+      chunk: tokens of a chunk, for ``pallas_tpu`` a multiple of 16; where None 64, and fewer where T or both
+        D and E are smaller. The backward pass keeps a state for every chunk.
       implementation: None, ``"xla_chunked"``, ``"pallas_tpu"``, or names in order of preference; a single
         name is taken or refused, never replaced.
 
@@ -73,7 +73,7 @@ def gated_delta_rule(
     _check(q, k, v, beta, log_decay, state0, segment_ids, chunk)
     (B, T, N, E), D, dtype = v.shape, q.shape[3], jnp.promote_types(v.dtype, jnp.float32)
     q, k = (jnp.repeat(x, N // x.shape[2], axis=2) if x.shape[2] != N else x for x in (q, k))
-    chunk = chunk_for(T) if chunk is None else chunk
+    chunk = chunk_for(T, D, E) if chunk is None else chunk
     choice = dispatch.choose("gated_delta_rule", implementation, IMPLEMENTATIONS, q, k, v, chunk=chunk)
     beta = beta.astype(dtype)
     log_decay = jnp.zeros_like(beta) if log_decay is None else log_decay.astype(dtype)

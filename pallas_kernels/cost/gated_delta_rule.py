@@ -10,14 +10,17 @@ WORD = 4  # bytes of float32
 CHUNK = 64  # tokens, where the caller does not say
 
 
-def chunk_for(T: int) -> int:
-    """Tokens a chunk where the caller does not say: fewer where T is short."""
-    return min(CHUNK, math.ceil(T / 16) * 16)
+def chunk_for(T: int, D: int, E: int) -> int:
+    """Tokens a chunk where the caller does not say: fewer where T or the heads are small.
+
+    A chunk of more tokens than a head has channels spends most of its time on its inverse, C^3.
+    """
+    return min(CHUNK, *(math.ceil(size / 16) * 16 for size in (T, max(D, E))))
 
 
 def xla_chunked(*, T: int, N: int, D: int, E: int) -> tuple[int, int]:
     """FLOPs of products of one row of T tokens as ``xla_chunked`` computes them, (forward, backward)."""
-    sizes = {"chunk": chunk_for(T), "itemsize": WORD}
+    sizes = {"chunk": chunk_for(T, D, E), "itemsize": WORD}
     return forward(1, T, N, D, E, keep=True, **sizes)["flops"], backward(1, T, N, D, E, **sizes)["flops"]
 
 

@@ -63,7 +63,7 @@ def gated_deltanet_kept(model: Mapping, seq: int, width: int) -> Kept:
     D, K, H = model["d_model"], model["heads"], model["head_dim"]
     N = model["expand"] * K
     q, v = K * H, N * H
-    chunk = gated_delta_rule.chunk_for(seq)
+    chunk = gated_delta_rule.chunk_for(seq, H, H)
     states = _state(H, v, chunk)
     whole = (8 + width) * D + 2 * (8 + 3 * width) * q + (8 + 7 * width) * v + 16 * N + states
     # queries and keys are repeated for each value head
