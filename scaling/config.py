@@ -147,6 +147,9 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "memory_keys": _positive_int(32, later=True),
         "memory_heads": _positive_int(4, later=True),
         "memory_top": _positive_int(16, later=True),
+        "depth_capacity": Field(
+            float, lambda x: 0 < x <= 1, "a number above 0, at most 1", 0.125, later=True
+        ),
     },
     "data": {
         "source": _choice(*FILE_SOURCES, *SYNTHETIC_SOURCES, "mixture", default="stdlib"),

@@ -46,6 +46,7 @@ FAMILIES = {
     "xlstm": ("mlstm+swiglu",),
     "min_gru": ("min_gru+swiglu",),
     "qlstm": ("qlstm+swiglu",),
+    "mixture_of_depths": ("attention+swiglu", "routed:attention+swiglu"),
     "hybrid": None,
 }
 """``model.family`` to its layers, again and again from the first on; 'hybrid' has those of ``pattern``."""
@@ -53,6 +54,9 @@ FAMILIES = {
 ATTENTION = ("attention", "full_attention", "differential_attention")
 WHOLE = ("mamba", "mamba2", "longhorn")
 """Mixers that are a layer by themselves: no feed-forward where none is named."""
+
+ROUTED = "routed"
+"""Before a colon, marks a layer of a pattern as one that takes a share of a row's tokens alone."""
 
 BY_DEPTH = ("differential_attention",)
 """Mixers that are told their layer's number."""
@@ -67,35 +71,40 @@ READ = {
     **dict.fromkeys(("experts", "active_experts", "shared_experts", "expert_fraction"), ("moe",)),
     **dict.fromkeys(("capacity_factor", "router", "balance_loss", "router_z_loss"), ("moe",)),
     **dict.fromkeys(("memory_keys", "memory_heads", "memory_top"), ("memory",)),
+    "depth_capacity": (ROUTED,),
 }
-"""Fields of ``model`` that some mixers or feed-forwards alone read."""
+"""Fields of ``model`` that some mixers or feed-forwards alone read, or routed layers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer: the names of its mixer and its feed-forward."""
+    """One layer: the names of its mixer and its feed-forward, and whether it takes a share of the tokens."""
 
     mixer: str
     ffn: str
+    routed: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Layer:
         """From "mixer+feed-forward"; a mixer alone has 'swiglu', and those that are ``WHOLE`` none.
 
+        Before it may stand "routed:".
+
         Raises:
           ValueError: an unknown name.
         """
-        mixer, plus, ffn = text.partition("+")
+        bare = text.removeprefix(f"{ROUTED}:")
+        mixer, plus, ffn = bare.partition("+")
         ffn = ffn if plus else "none" if mixer in WHOLE else "swiglu"
         if mixer not in MIXERS or ffn not in FEED_FORWARDS:
             raise ValueError(
                 f"{text!r}; it must be one of {', '.join(map(repr, MIXERS))}, and after a plus sign "
-                f"{', '.join(map(repr, FEED_FORWARDS))}"
+                f"{', '.join(map(repr, FEED_FORWARDS))}; before it may stand '{ROUTED}:'"
             )
-        return cls(mixer, ffn)
+        return cls(mixer, ffn, routed=bare != text)
 
     def __str__(self) -> str:
-        return f"{self.mixer}+{self.ffn}"
+        return f"{ROUTED}:" * self.routed + f"{self.mixer}+{self.ffn}"
 
 
 def pattern(model: Mapping) -> tuple[Layer, ...]:
@@ -110,15 +119,16 @@ def layers(model: Mapping) -> tuple[Layer, ...]:
     return tuple(period[i % len(period)] for i in range(model["layers"]))
 
 
-def counts(model: Mapping) -> tuple[Counter, Counter]:
-    """How often each mixer and each feed-forward occurs, in the order of their first layer."""
-    found = layers(model)
+def counts(model: Mapping, *, routed: bool = False) -> tuple[Counter, Counter]:
+    """How often each mixer and each feed-forward occurs, in the order of their first layer; in layers that
+    take every token, or in ``routed`` ones."""
+    found = [x for x in layers(model) if x.routed == routed]
     return Counter(x.mixer for x in found), Counter(x.ffn for x in found)
 
 
 def has(model: Mapping, *names: str) -> bool:
-    """Whether any layer of the pattern has one of these mixers or feed-forwards."""
-    return any(x.mixer in names or x.ffn in names for x in pattern(model))
+    """Whether any layer of the pattern has one of these mixers or feed-forwards, or is 'routed'."""
+    return any({x.mixer, x.ffn, ROUTED * x.routed} & {*names} for x in pattern(model))
 
 
 def branches(model: Mapping, depth: int | None = None) -> int:
@@ -175,3 +185,8 @@ def expert_dim(model: Mapping) -> int:
 def capacity(experts: int, active: int, factor: float, seq: int) -> int:
     """Places of one expert for the tokens of a row; never more than the row has tokens."""
     return min(seq, math.ceil(factor * active * seq / experts))
+
+
+def depth_places(share: float, seq: int) -> int:
+    """Tokens of a row of ``seq`` that a routed layer takes: its share, rounded up."""
+    return max(1, math.ceil(round(share * seq, 9)))

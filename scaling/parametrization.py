@@ -56,7 +56,7 @@ NAMES = (STANDARD, "mup", "completep")
 HIDDEN = {
     **dict.fromkeys(("q", "k", "v", "z", "out", "gate", "up"), "width"),
     **dict.fromkeys(("x", "b", "c", "dt", "beta", "i_gate", "f_gate", "o_gate"), "width"),
-    **dict.fromkeys(("dt_down", "dt_up", "router"), "width"),
+    **dict.fromkeys(("dt_down", "dt_up", "router", "predictor"), "width"),
     "down": "ffn",
     "input_gate": "head",
     "recurrence_gate": "head",
@@ -73,6 +73,7 @@ VECTORS = {
     "f_bias",
     "input_bias",
     "recurrence_bias",
+    "predictor_bias",
     *("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"),
 }
 """Names of what multiplies or adds channel by channel, beside the norms' gains."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 
 from pallas_kernels.cost import attention, gated_delta_rule, ssd
@@ -23,6 +24,9 @@ class Entry:
       mixing_full_backward: backward FLOPs per token of those; None: twice ``mixing_full``.
       cache_values: values kept per token of context when decoding (keys and values).
       cache_window: tokens of context that are kept at most; None: all.
+      cache_share: of the context, what comes here at all.
+      stopped: of ``matmul``, the products whose input gets no gradient, or a vector times a number, so that
+        their backward is once the forward, not twice.
       state_values: values kept when decoding, whatever the context.
       embedding: whether the parameters are vocabulary matrices.
     """
@@ -36,6 +40,8 @@ class Entry:
     mixing_full_backward: float | None = None
     cache_values: int = 0
     cache_window: int | None = None
+    cache_share: float = 1.0
+    stopped: int = 0
     state_values: int = 0
     embedding: bool = False
 
@@ -43,6 +49,35 @@ class Entry:
     def backward_full(self) -> float:
         """Backward FLOPs per token of products between tokens as XLA computes them."""
         return 2 * self.mixing_full if self.mixing_full_backward is None else self.mixing_full_backward
+
+    @property
+    def train_exact(self) -> float:
+        """Forward and backward FLOPs per token, over the pairs kept."""
+        return 3 * (self.matmul + self.mixing) - self.stopped
+
+    @property
+    def train_full(self) -> float:
+        """The same as XLA computes them."""
+        return 3 * self.matmul - self.stopped + self.mixing_full + self.backward_full
+
+    def for_share(self, share: float) -> Entry:
+        """Of layers that take this share of the tokens: costs and active parameters are means over all."""
+        backward = self.mixing_full_backward
+        return dataclasses.replace(
+            self,
+            name=f"routed {self.name}",
+            active=round(share * self.active),
+            matmul=share * self.matmul,
+            mixing=share * self.mixing,
+            mixing_full=share * self.mixing_full,
+            mixing_full_backward=None if backward is None else share * backward,
+            cache_share=share * self.cache_share,
+        )
+
+    def kept_tokens(self, context: int) -> int:
+        """Tokens whose keys and values decoding keeps, of ``context`` before."""
+        tokens = math.ceil(round(self.cache_share * context, 9))
+        return tokens if self.cache_window is None else min(tokens, self.cache_window)
 
 
 def pairs_per_token(seq: int, window: int | None) -> float:
@@ -171,6 +206,15 @@ def mlstm_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
         weights("mLSTM projections", count * D * (2 * N * K + 3 * N * H + 2 * N)),
         state("mLSTM state", count, N, K, H + 1, cost, seq),
         vectors("mLSTM biases and norm", count * (2 * N + N * H), count * N),
+    ]
+
+
+def depth_router_entries(model: Mapping, count: int) -> list[Entry]:
+    """Of ``count`` routed layers: the router's number a token, and what foresees the choice by it."""
+    once = count * model["d_model"]
+    return [
+        Entry(name, once + biases, once + biases, matmul=2 * once, stopped=2 * once)
+        for name, biases in (("depth routers", 0), ("depth predictors", count))
     ]
 
 

@@ -21,7 +21,10 @@ Conventions, FLOPs per training token:
                    as XLA computes them, those that the backward pass computes again included; a
                    state with a decay for every entry (Mamba) has none. Of experts, every place that
                    a row keeps for them.
-  6N_total         6 N, every parameter counted (of experts, those that a token uses).
+  (both)           A routed layer costs what its share of a row's tokens costs it: attention of the
+                   tokens taken over the tokens taken. Training is counted, not evaluation.
+  6N_total         6 N, every parameter counted (of experts and routed layers, those that a token
+                   uses, a mean over tokens).
   6N_nonembedding  6 N without the token table and the head's matrix.
   kaplan           3 (2 N_nonembedding + 2 layers T d_attn), of layers with attention: Kaplan et al.
                    2020, table 1 and section 2.1. Their attention term is half of what scores and
@@ -31,10 +34,11 @@ Conventions, FLOPs per training token:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from scaling import layers
-from scaling.flops.entries import FEED_FORWARDS, MIXERS, Entry
+from scaling.flops.entries import FEED_FORWARDS, MIXERS, Entry, depth_router_entries
 
 CONVENTIONS = ("exact", "full", "6N_total", "6N_nonembedding", "kaplan")
 
@@ -44,6 +48,7 @@ DEFAULTS = {
     "expand": 2, "state_dim": 128, "conv_width": 4, "key_fraction": 0.5, "channel_state": 16,
     "experts": 8, "active_experts": 2, "shared_experts": 0, "expert_fraction": 1.0, "capacity_factor": 1.5,
     "memory_keys": 32, "memory_heads": 4, "memory_top": 16,
+    "depth_capacity": 0.125,
 }  # fmt: skip
 """Of the fields of ``model`` that the ledger reads and that may be left out."""
 
@@ -88,9 +93,9 @@ class Ledger:
           ValueError: an unknown convention.
         """
         if convention == "exact":
-            return 3 * self.forward_flops_per_token(convention)
+            return self._sum("train_exact")
         if convention == "full":
-            return 3 * self._sum("matmul") + self._sum("mixing_full") + self._sum("backward_full")
+            return self._sum("train_full")
         if convention == "6N_total":
             return 6 * self.params_active
         nonembedding = sum(e.active for e in self.entries if not e.embedding)
@@ -98,9 +103,9 @@ class Ledger:
             return 6 * nonembedding
         if convention == "kaplan":
             d_attn = self.model["heads"] * self.model["head_dim"]
-            mixers, _ = layers.counts(self.model)
-            attention = sum(mixers[m] for m in layers.ATTENTION)
-            return 3 * (2 * nonembedding + 2 * attention * self.seq * d_attn)
+            keys = self.seq * _attention_layers(self.model)
+            keys += routed_tokens(self.model, self.seq) ** 2 / self.seq * _attention_layers(self.model, True)
+            return 3 * (2 * nonembedding + 2 * keys * d_attn)
         raise ValueError(f"convention is {convention!r}; it must be one of {', '.join(CONVENTIONS)}")
 
     def train_flops(self, tokens: float, convention: str = "exact") -> float:
@@ -109,7 +114,7 @@ class Ledger:
 
     def cache_bytes_per_token(self, bytes_per_value: int = 2) -> int:
         """Bytes of keys and values kept per token of context when decoding (bfloat16: 2 a value)."""
-        return self._sum("cache_values") * bytes_per_value
+        return sum(math.ceil(e.cache_share * e.cache_values) for e in self.entries) * bytes_per_value
 
     def state_bytes(self, bytes_per_value: int = 4) -> int:
         """Bytes of recurrent state kept when decoding, whatever the context (float32: 4 a value)."""
@@ -118,12 +123,9 @@ class Ledger:
     def decode_bytes(self, context: int, bytes_per_value: int = 2) -> int:
         """Bytes kept for a sequence of ``context`` tokens when decoding: cache of keys and values, and state.
 
-        A local window keeps its own tokens alone.
+        A local window keeps its own tokens alone, a routed layer its share of the context.
         """
-        kept = sum(
-            e.cache_values * (context if e.cache_window is None else min(context, e.cache_window))
-            for e in self.entries
-        )
+        kept = sum(e.cache_values * e.kept_tokens(context) for e in self.entries)
         return kept * bytes_per_value + self.state_bytes()
 
     def __str__(self) -> str:
@@ -152,8 +154,8 @@ class Ledger:
                 "group": e.name,
                 "params": e.params,
                 "params_share": e.params / self.params_total,
-                "train_flops_per_token": 3 * (e.matmul + e.mixing),
-                "flops_share": 3 * (e.matmul + e.mixing) / total,
+                "train_flops_per_token": e.train_exact,
+                "flops_share": e.train_exact / total,
             }
             for e in self.entries
         ]
@@ -177,19 +179,40 @@ def ledger(model: Mapping, seq: int) -> Ledger:
         raise ValueError(f"model.family is {family!r}; the ledger has {known}")
     if seq < 1:
         raise ValueError(f"seq is {seq!r}; it must be at least 1")
-    mixers, feeds = layers.counts(model)
     head = 0 if model["tied"] else V * D
     norms = (layers.branches(model) * (2 if model["post_norm"] else 1) + 1) * D
     entries = (
         Entry("token embedding", V * D, V * D, embedding=True),
-        *(entry for mixer, count in mixers.items() for entry in MIXERS[mixer](model, seq, count)),
-        *(
-            entry
-            for ffn, count in feeds.items()
-            if ffn != "none"
-            for entry in FEED_FORWARDS[ffn](model, seq, count)
-        ),
+        *_layer_entries(model, seq),
+        *_routed_entries(model, seq),
         Entry("block and final norms", norms, norms),
         Entry("head", head, head, matmul=2 * V * D, embedding=True),
     )
     return Ledger(model, seq, entries)
+
+
+def _layer_entries(model: Mapping, seq: int, *, routed: bool = False) -> list[Entry]:
+    mixers, feeds = layers.counts(model, routed=routed)
+    parts = [(MIXERS[name], count) for name, count in mixers.items()]
+    parts += [(FEED_FORWARDS[name], count) for name, count in feeds.items() if name != "none"]
+    return [entry for entries, count in parts for entry in entries(model, seq, count)]
+
+
+def _routed_entries(model: Mapping, seq: int) -> list[Entry]:
+    """Of the layers that take a share of a row's tokens: the cost of a row of those alone, and the choice."""
+    count = sum(x.routed for x in layers.layers(model))
+    if not count:
+        return []
+    tokens = routed_tokens(model, seq)
+    inside = [e.for_share(tokens / seq) for e in _layer_entries(model, tokens, routed=True)]
+    return [*inside, *depth_router_entries(model, count)]
+
+
+def routed_tokens(model: Mapping, seq: int) -> int:
+    """Tokens of a row that a routed layer takes."""
+    return layers.depth_places(model["depth_capacity"], seq)
+
+
+def _attention_layers(model: Mapping, routed: bool = False) -> int:
+    mixers, _ = layers.counts(model, routed=routed)
+    return sum(mixers[m] for m in layers.ATTENTION)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pallas_kernels.cost import attention, gated_delta_rule, selective_scan, ssd
 from pallas_kernels.cost import linear_cross_entropy as cross_entropy
 from scaling import layers
-from scaling.flops.ledger import ledger
+from scaling.flops.ledger import ledger, routed_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,10 @@ class Kept:
     whole: float
     products: float
     more: float = 0.0
+
+    def for_share(self, share: float) -> Kept:
+        """A token of all, of a layer that takes this share of them."""
+        return Kept(share * self.whole, share * self.products, share * self.more)
 
 
 def attention_kept(model: Mapping, seq: int, width: int) -> Kept:
@@ -130,6 +134,12 @@ def glu_kept(model: Mapping, seq: int, width: int) -> Kept:
     return Kept((8 + width) * D + 6 * width * F, width * (D + 2 * F))
 
 
+def depth_router_kept(model: Mapping, share: float, width: int) -> Kept:
+    """The stream in float32; of the tokens taken their input, and what the layer made of them."""
+    D = model["d_model"]
+    return Kept(4 * D + share * 2 * width * D, share * 2 * width * D)
+
+
 def _state(key: int, values: int, tokens: float) -> float:
     """A float32 state [key, values] once in ``tokens`` tokens."""
     return 4 * key * values / tokens
@@ -199,8 +209,13 @@ def memory_bytes(
     width = 2 if model.get("dtype", "float32") == "bfloat16" else 4
 
     def parts_of(layer):
-        feed = [] if layer.ffn == "none" else [FEED_FORWARDS[layer.ffn](model, seq, width)]
-        return [MIXERS[layer.mixer](model, seq, width), *feed]
+        taken = routed_tokens(model, seq) if layer.routed else seq
+        feed = [] if layer.ffn == "none" else [FEED_FORWARDS[layer.ffn](model, taken, width)]
+        parts = [MIXERS[layer.mixer](model, taken, width), *feed]
+        if not layer.routed:
+            return parts
+        share = taken / seq
+        return [*(part.for_share(share) for part in parts), depth_router_kept(model, share, width)]
 
     parts = [part for layer in layers.layers(model) for part in parts_of(layer)]
     kept = {

@@ -15,6 +15,7 @@ from scaling import layers, parametrization
 from scaling.config import ConfigError, as_static
 from scaling.models import init
 from scaling.models.attention import Attention, rope_table
+from scaling.models.depth_router import DepthRouter, put_back, take
 from scaling.models.differential_attention import DifferentialAttention
 from scaling.models.gated_deltanet import GatedDeltaNet
 from scaling.models.longhorn import Longhorn
@@ -75,7 +76,8 @@ class Block(nnx.Module):
     """One pre-norm layer: x + c mixer(norm(x)), then x + c feed-forward(norm(x)); usually c = 1.
 
     With ``post_norm`` each branch is normalised once more before it is added, as in Gemma 2. A layer without
-    feed-forward is its mixer alone.
+    feed-forward is its mixer alone. A routed layer does so for some tokens of a row, as if there were no
+    others, and adds what it makes of each times the router's weight (``DepthRouter``).
     """
 
     def __init__(self, cfg, rngs: nnx.Rngs, kind: layers.Layer):
@@ -92,15 +94,31 @@ class Block(nnx.Module):
             if self.feeds:
                 self.ffn_post_norm = norm()
         self.multiplier = parametrization.branch_multiplier(cfg)
+        self.routed = kind.routed
+        if self.routed:
+            self.depth_router = DepthRouter(cfg, rngs)
 
-    def __call__(self, x_BTD, rope, segment_ids_BT, depth):
+    def __call__(self, x_BTD, rope, segment_ids_BT, depth, training):
         """The stream after the layer, and what the layer adds to the training loss, float32 [B], or None."""
-        after_BTD, _, _, extra_B = self.with_branches(x_BTD, rope, segment_ids_BT, depth)
+        after_BTD, _, _, extra_B = self.with_branches(x_BTD, rope, segment_ids_BT, depth, training)
         return after_BTD, extra_B
 
-    def with_branches(self, x_BTD, rope, segment_ids_BT, depth):
+    def with_branches(self, x_BTD, rope, segment_ids_BT, depth, training=False):
         """The stream after the layer, what mixer and feed-forward (or None) added to it, [B, T, D], and what
         is added to the loss; ``depth`` is the layer's number, from 0."""
+        if not self.routed:
+            return self.of_tokens(x_BTD, rope, segment_ids_BT, depth)
+        places_BC, weights_BC, extra_B = self.depth_router(x_BTD, training)
+        some = jax.tree.map(lambda a: take(a, places_BC), (x_BTD, rope, segment_ids_BT))
+        _, *branches, added_B = self.of_tokens(*some, depth)
+        mixed_BTD, fed_BTD = (
+            None if b is None else put_back(b, places_BC, weights_BC, x_BTD.shape[1]) for b in branches
+        )
+        after_BTD = x_BTD + mixed_BTD if fed_BTD is None else x_BTD + (mixed_BTD + fed_BTD)
+        return after_BTD, mixed_BTD, fed_BTD, extra_B if added_B is None else extra_B + added_B
+
+    def of_tokens(self, x_BTD, rope, segment_ids_BT, depth):
+        """``with_branches`` of a layer that takes all the tokens it is given."""
         known = (rope, segment_ids_BT, depth) if self.by_depth else (rope, segment_ids_BT)
         mixed_BTD = self.mixer(self.mixer_norm(x_BTD), *known)
         if self.post_norm:
@@ -175,7 +193,7 @@ class LM(nnx.Module):
         turning = round(cfg["head_dim"] * cfg["rope_fraction"])
         self.turning = turning if layers.has(cfg, *layers.ATTENTION) else 0  # channels of a head
         self.rope_theta = cfg["rope_theta"]
-        self.routes = layers.has(cfg, "moe")
+        self.routes = layers.has(cfg, "moe", layers.ROUTED)
         self.soft_cap = cfg["logits_soft_cap"]
         self.multiplier = parametrization.logit_multiplier(cfg)
         self.cross_document = cfg["cross_document"]
@@ -191,7 +209,7 @@ class LM(nnx.Module):
             logits_BTV = self.soft_cap * jnp.tanh(logits_BTV / self.soft_cap)
         return logits_BTV
 
-    def features(self, inputs_BT, segment_ids_BT=None, positions_BT=None):
+    def features(self, inputs_BT, segment_ids_BT=None, positions_BT=None, *, training: bool = False):
         """int [B, T] to what the head takes, [B, T, D], the head's matrix, float32 [D, V], and what routers
         add to the training loss, float32 [B], or None."""
         B, T = inputs_BT.shape
@@ -199,7 +217,7 @@ class LM(nnx.Module):
             segment_ids_BT = positions_BT = None
         rope = self.rope(positions_BT, (B, T))
         x_BTD = self.places.rows(self.embed(inputs_BT))
-        x_BTD, extra_B = self.run_blocks(x_BTD, rope, segment_ids_BT)
+        x_BTD, extra_B = self.run_blocks(x_BTD, rope, segment_ids_BT, training)
         head_DV = self.embed.table[...].T if self.tied else self.head[...]
         return times(self.multiplier, self.final_norm(x_BTD)), head_DV, extra_B
 
@@ -211,11 +229,11 @@ class LM(nnx.Module):
             positions_BT = jnp.broadcast_to(jnp.arange(shape[1]), shape)
         return rope_table(positions_BT, self.turning, self.rope_theta)
 
-    def run_blocks(self, x_BTD, rope, segment_ids_BT):
+    def run_blocks(self, x_BTD, rope, segment_ids_BT, training: bool = False):
         """All layers, one after the other; what they add to the loss is summed."""
 
         def layer(x_BTD, block, depth):
-            x_BTD, extra_B = block(x_BTD, rope, segment_ids_BT, depth)
+            x_BTD, extra_B = block(x_BTD, rope, segment_ids_BT, depth, training)
             if self.routes and extra_B is None:  # layers with and without a router beside each other
                 extra_B = jnp.zeros(len(x_BTD), jnp.float32)
             return self.places.rows(x_BTD), extra_B
@@ -279,7 +297,8 @@ class Apply:
     Called: ``apply(params, inputs_BT, segment_ids_BT=None, positions_BT=None)``, float32 logits [B, T, V].
     ``features`` of the same arguments: (x [B, T, D] in the model's dtype, head float32 [D, V], extra), for a
     loss that never holds the logits; they are ``cap(x @ head)`` with ``soft_cap`` (None: no cap). ``extra``:
-    what routers add to the training loss, float32 [B], None without routers.
+    what routers add to the training loss, float32 [B], None without routers. With ``training`` routed layers
+    choose among the whole row (``DepthRouter``); without, and when called, no token sees a later one.
     """
 
     graphdef: nnx.GraphDef
@@ -288,8 +307,9 @@ class Apply:
     def __call__(self, params, inputs_BT, segment_ids_BT=None, positions_BT=None):
         return nnx.merge(self.graphdef, params)(inputs_BT, segment_ids_BT, positions_BT)
 
-    def features(self, params, inputs_BT, segment_ids_BT=None, positions_BT=None):
-        return nnx.merge(self.graphdef, params).features(inputs_BT, segment_ids_BT, positions_BT)
+    def features(self, params, inputs_BT, segment_ids_BT=None, positions_BT=None, *, training=False):
+        model = nnx.merge(self.graphdef, params)
+        return model.features(inputs_BT, segment_ids_BT, positions_BT, training=training)
 
 
 def make_apply(

@@ -22,11 +22,11 @@ def loss_fn(apply, params, batch, z_loss: float, tokens=None):
 
     Returns:
       (loss, aux): float32 scalars; aux has ``nats`` (the mean cross-entropy, in nats a token),
-      ``z_loss`` (the term as added), ``tokens`` (the divisor) and, of a mixture of experts, ``router`` (what
-      its routers add, rows weighed by their tokens). A batch whose mask is all zero has no mean: NaN.
+      ``z_loss`` (the term as added), ``tokens`` (the divisor) and, where there are routers, ``router`` (what
+      they add, rows weighed by their tokens). A batch whose mask is all zero has no mean: NaN.
     """
     (total, lse_BT), extra_B = _cross_entropy(
-        apply, params, batch, z_loss=z_loss, reduction="sum", return_lse=True
+        apply, params, batch, training=True, z_loss=z_loss, reduction="sum", return_lse=True
     )
     mask_BT = batch["loss_mask"]
     tokens = jnp.sum(mask_BT) if tokens is None else tokens
@@ -42,16 +42,17 @@ def loss_fn(apply, params, batch, z_loss: float, tokens=None):
 def eval_sums(apply, params, batch):
     """Summed cross-entropy (nats) and counted tokens of every sequence, float32 [B] each.
 
-    A row with an all-zero mask gives (0, 0), so that a padded row drops out of any total.
+    A row with an all-zero mask gives (0, 0), so that a padded row drops out of any total. No token sees a
+    later one: routed layers take the tokens that their predictors choose.
     """
     nats_BT, _ = _cross_entropy(apply, params, batch, reduction="none")
     return jnp.sum(nats_BT, axis=-1), jnp.sum(batch["loss_mask"], axis=-1)
 
 
-def _cross_entropy(apply, params, batch, **options):
+def _cross_entropy(apply, params, batch, training=False, **options):
     """What ``linear_cross_entropy`` gives, and what routers add to the loss."""
     x_BTD, head_DV, extra_B = apply.features(
-        params, batch["inputs"], batch["segment_ids"], batch["positions"]
+        params, batch["inputs"], batch["segment_ids"], batch["positions"], training=training
     )
     labels_BT = jnp.where(batch["loss_mask"] > 0, batch["targets"], -1)
     nats = linear_cross_entropy(

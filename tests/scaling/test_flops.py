@@ -70,7 +70,9 @@ def programs(cfg, batch, unroll=True):
     apply = made[0]
 
     def forward(params, batch):
-        return apply(params, batch["inputs"], batch["segment_ids"], batch["positions"])
+        rows = (batch["inputs"], batch["segment_ids"], batch["positions"])
+        x, head, added = apply.features(params, *rows, training=True)
+        return x @ head.astype(x.dtype), added
 
     def gradient(params, batch):
         return jax.value_and_grad(lambda p: loss_fn(apply, p, batch, 1e-4)[0])(params)
@@ -190,6 +192,11 @@ FAMILIES = {
     "moe": {"experts": 6, "shared_experts": 2, "expert_fraction": 0.25, "capacity_factor": 1.3},
     "hybrid, memory": {"pattern": ["attention+memory", "min_gru"], "memory_keys": 12, "memory_top": 5},
     "hybrid": {"pattern": ["mamba2", "full_attention", "mlstm+geglu"], "post_norm": True, "state_dim": 16},
+    "mixture_of_depths": {"depth_capacity": 0.3},
+    "hybrid, routed": {
+        "pattern": ["attention", "routed:gated_deltanet+moe", "routed:attention+none"],
+        **{"layers": 3, "depth_capacity": 0.7, "experts": 4, "local_window": 20},
+    },
 }
 
 
@@ -326,6 +333,7 @@ def test_every_kind_of_layer_has_an_entry():
 
 
 MEMORY_CASES = {
+    "mixture_of_depths": ({"family": "mixture_of_depths", "layers": 4, "depth_capacity": 0.5}, 4, 256),
     "small": ({}, 8, 128),
     "deep": ({"layers": 6, "d_model": 128, "head_dim": 32, "ffn_dim": 336}, 4, 128),
     "long": ({"heads": 2, "kv_heads": 2, "head_dim": 32}, 2, 512),

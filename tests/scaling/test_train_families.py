@@ -20,6 +20,7 @@ OWN = {
     "mamba": {"channel_state": 8},
     "longhorn": {"channel_state": 8},
     "moe": {"experts": 4, "expert_fraction": 0.5},
+    "mixture_of_depths": {"depth_capacity": 0.25},
     "hybrid": {"pattern": ["gated_deltanet", "attention+geglu"], "local_window": 32},
     "memory": {"family": "hybrid", "pattern": ["attention+memory", "attention"], "memory_keys": 24},
 }

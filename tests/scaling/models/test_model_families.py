@@ -46,13 +46,19 @@ CASES = {
         "pattern": ["attention", "min_gru+memory"],
         **{"memory_keys": 6, "memory_heads": 3, "memory_top": 4},
     },
-    "routed hybrid": {
+    "experts in a hybrid": {
         "family": "hybrid",
         "pattern": ["mamba", "differential_attention+moe"],
         "channel_state": 5,
         "experts": 3,
         "capacity_factor": 1.5,
     },
+}
+CASES["mixture_of_depths"] = {"family": "mixture_of_depths", "depth_capacity": 0.3}
+CASES["routed recurrence"] = {
+    "family": "hybrid",
+    "pattern": ["attention", "routed:mamba2+moe", "routed:differential_attention"],
+    **{"depth_capacity": 0.6, "state_dim": 12, "experts": 3, "post_norm": True},
 }
 B, T = 2, 40
 
@@ -327,7 +333,8 @@ def test_every_parameter_has_a_rule(name):
         ("mamba2", ("mup",)),
         ("gated_deltanet", ("mup",)),
         ("xlstm", ("mup",)),
-        *((name, ("mup",)) for name in ("differential", "mamba", "longhorn", "min_gru", "qlstm", "moe")),
+        *((name, ("mup",)) for name in ("differential", "mamba", "longhorn", "min_gru", "qlstm")),
+        *((name, ("mup",)) for name in ("moe", "mixture_of_depths")),
     ],
 )
 def test_coordinates_keep_their_size_in_width_under_mup(name, rules):

@@ -28,7 +28,7 @@ class apply:
     soft_cap = None
 
     @staticmethod
-    def features(params, inputs, segment_ids, positions):
+    def features(params, inputs, segment_ids, positions, training):
         return params, jnp.eye(V), None
 
 
