@@ -306,6 +306,23 @@ def test_layers_of_a_pattern_that_does_not_divide():
     )
 
 
+def test_a_window_of_the_whole_row_is_the_dense_model():
+    """Local layers among full ones, the window no shorter than the row: the same weights, the same logits."""
+    kinds = ["attention", "attention", "full_attention"]
+    hybrid = model(family="hybrid", pattern=kinds, local_window=T)
+    dense = model(family="transformer")
+    params = shaken(init_params(dense, 0))
+    moved = {**params, "blocks": {}}
+    for i, kind in enumerate(kinds):  # four layers: the first kind has two
+        moved["blocks"][f"{i}_{kind}"] = jax.tree.map(lambda a, i=i: a[i::3], params["blocks"])
+    tokens = np.random.default_rng(0).integers(0, 61, (B, T))
+    ours, theirs = build(hybrid, seed=0)[0], build(dense, seed=0)[0]
+    want = jax.jit(theirs)(params, tokens)
+    np.testing.assert_allclose(jax.jit(ours)(moved, tokens), want, rtol=1e-5, atol=1e-5)
+    shorter = build({**hybrid, "local_window": T - 1}, seed=0)[0]
+    assert np.abs(jax.jit(shorter)(moved, tokens) - want)[:, -1].max() > 1e-3
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_parameter_has_a_rule(name):
     """Decay, Muon and muP by names: no bias, gain or decay rate is decayed, or given to Muon."""
