@@ -278,7 +278,8 @@ def families(ctx, config, out, as_json):
 
     Each family is tuned by the same bracket of learning rates, trained on the same grid and fitted; then the
     compute multiplier of each over the reference, by FLOPs, by measured time, and by a chip's compute and
-    memory. Run it again after any interruption. Writes comparison.json, .md and .html.
+    memory. With equal="total" they are matched instead: the same total N, FLOPs and unique tokens, and losses
+    compared. Run it again after any interruption. Writes comparison.json, .md and .html.
     """
     from launch import families as work
     from launch import show_families

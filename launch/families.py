@@ -2,6 +2,7 @@
 
 Every family goes the same way: the same bracket of learning rates at one (N, D), then the same grid at the
 best of them, then a fit. Each step is one of the other commands, so that a second call does what is missing.
+With ``equal`` the grid's cells are matched instead, and nothing is fitted (``launch.equal_resources``).
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ from pathlib import Path
 import numpy as np
 
 import fits
+from launch import equal_resources
 from launch.family_costs import AXES, UNITS, cost_functions
 from scaling.config import ConfigError, check_keys
 from scaling.files import CellFolder, write_json, write_whole
 from scaling.flops import ledger
-from scaling.recipe import recipe_from_config, round4, shape
+from scaling.recipe import round4
 from scaling.records import read_manifest, read_result
 from scaling.sentinels import brackets
 from scaling.study import read_config, validate_study
 
-KEYS = ("name", "study", "families", "reference", "tune", "context", "chip")
+KEYS = ("name", "study", "families", "reference", "tune", "context", "chip", "equal", "params_tolerance")
 
 
 def load(path: Path) -> dict:
@@ -50,46 +52,51 @@ def load(path: Path) -> dict:
     check_keys("tune", tune if isinstance(tune, Mapping) else {}, ["params", "tokens", "lr"])
     if not isinstance(tune, Mapping) or len(tune) < 3:
         raise ConfigError(f"tune is {tune!r}; it must have params, tokens and lr, a list of multiples")
-    config = {"context": 32_768, "chip": "v5e", **config}
+    config = {"context": 32_768, "chip": "v5e", "equal": None, **config}
     for name in families:
         study_of(config, name)
         tuning_study(config, name)
+    equal_resources.check(config)
     return config
 
 
-def study_of(config: Mapping, family: str, lr: float = 1.0) -> dict:
-    """The study of one family, its recipe's learning rate times ``lr``."""
+def study_of(config: Mapping, family: str, lr: float = 1.0, grid: Mapping | None = None) -> dict:
+    """The study of one family, its recipe's learning rate times ``lr``; ``grid``: another than the shared."""
     study = copy.deepcopy(config["study"])
     for section, fields in config["families"][family].items():
         study[section] = {**study.get(section, {}), **fields} if isinstance(fields, Mapping) else fields
     study["name"] = f"{config['name']}-{family}"
     study["recipe"] = {**study["recipe"], "lr": round4(study["recipe"]["lr"] * lr)}
+    if grid is not None:
+        study["grid"] = dict(grid)
     return validate_study(study)
 
 
-def tuning_study(config: Mapping, family: str) -> dict:
-    """One cell and its bracket of learning rates."""
+def tuning_study(config: Mapping, family: str, grid: Mapping | None = None) -> dict:
+    """One cell and its bracket of learning rates; ``grid``: of that cell, where it is matched."""
     tune, study = config["tune"], study_of(config, family)
     cells = [{"params": tune["params"], "tokens": tune["tokens"]}]
     multiples = [x for x in tune["lr"] if x != 1]
-    sentinels = {"lr": multiples, "cells": "all"}
-    grid = {"kind": "list", "cells": cells, "sentinels": sentinels, "tolerance": study["grid"]["tolerance"]}
+    grid = grid or {"kind": "list", "cells": cells, "tolerance": study["grid"]["tolerance"]}
+    grid = {**grid, "sentinels": {"lr": multiples, "cells": "all"}}
     return validate_study({**study, "name": study["name"] + "-tune", "grid": grid})
 
 
-def train(config: Mapping, folder: Path, family: str, call) -> dict:
+def train(config: Mapping, folder: Path, family: str, call, grids: Mapping | None = None) -> dict:
     """Tunes, trains and fits one family; does nothing where that is done.
 
     Args:
       call: runs a command of the command line, given as words.
+      grids: ``tune`` and ``grid`` of the family where cells are matched: then nothing is fitted.
 
     Returns:
       The bracket's row (``scaling.sentinels.brackets``).
     """
-    tuned = planned(folder / f"{family}-tune", tuning_study(config, family), call)
+    own = {"tune": None, "grid": None} if grids is None else grids
+    tuned = planned(folder / f"{family}-tune", tuning_study(config, family, own["tune"]), call)
     row = bracket(tuned)
-    study = planned(folder / family, study_of(config, family, row["best"]), call)
-    if not (study / "fits" / "chinchilla.json").exists():
+    study = planned(folder / family, study_of(config, family, row["best"], own["grid"]), call)
+    if grids is None and not (study / "fits" / "chinchilla.json").exists():
         call("fit", str(study))
     return row
 
@@ -139,7 +146,7 @@ def compare(config: Mapping, folder: Path, tuned: Mapping[str, dict]) -> dict:
             "E": rows.get("E"),
             "tuned": tuned[f],
             "runs": len(read_manifest(folder / f)["cells"]),
-            **account(folder / f, config),
+            **account(folder / f"{f}-tune", config),
         }
     budgets = grid_budgets(folder / reference)
     for axis in AXES:
@@ -202,14 +209,11 @@ def at_optimum(fit, costs, budgets, axis: str) -> list[float]:
     return [float(costs[axis](np.array(a.N), np.array(a.D))) for a in answers]
 
 
-def account(study: Path, config: Mapping) -> dict:
+def account(tuned: Path, config: Mapping) -> dict:
     """What a model of the tuned size is: parameters, FLOPs a token, what decoding keeps."""
-    manifest = read_manifest(study)
-    settings = manifest["config"]
-    seq = manifest["cells"][0]["config"]["data"]["seq"]
-    model = {"vocab": manifest["data"]["vocab"], **settings["model"]}
-    built = shape(recipe_from_config(settings["recipe"]), model, config["tune"]["params"], seq)
-    entries = ledger(built, seq)
+    cell = read_manifest(tuned)["cells"][0]["config"]
+    built = cell["model"]
+    entries = ledger(built, cell["data"]["seq"])
     return {
         "shape": f"{built['layers']} x {built['d_model']}",
         "params": entries.params_total,
@@ -236,6 +240,18 @@ def run(path: Path, folder: Path | None, call) -> tuple[dict, dict, Path]:
     config = load(path)
     folder = folder or Path("studies") / config["name"]
     folder.mkdir(parents=True, exist_ok=True)
-    tuned = {family: train(config, folder, family, call) for family in config["families"]}
-    result = json.loads(json.dumps(compare(config, folder, tuned)))
-    return config, result, folder
+    if config["equal"] is None:
+        tuned = {family: train(config, folder, family, call) for family in config["families"]}
+        return config, json.loads(json.dumps(compare(config, folder, tuned))), folder
+    base = {f: study_of(config, f) for f in config["families"]}
+    grids, dropped = equal_resources.grids(config, base)
+    tuned = {family: train(config, folder, family, call, grids[family]) for family in config["families"]}
+    families = {
+        f: {"tuned": tuned[f], "runs": len(read_manifest(folder / f)["cells"])}
+        | account(folder / f"{f}-tune", config)
+        for f in equal_resources.in_order(config)
+    }
+    matched = equal_resources.compare(config, folder, {f: grids[f]["grid"]["cells"] for f in families})
+    result = {"reference": config["reference"], "config": config["name"], "equal": config["equal"],
+              "families": families, **matched, "dropped": dropped}  # fmt: skip
+    return config, json.loads(json.dumps(result)), folder

@@ -17,16 +17,17 @@ from scaling.records import collect
 
 def accounts(result: Mapping) -> tuple[list[str], list[list[str]]]:
     """What each family is at the tuned size: head and rows."""
+    fitted = "equal" not in result
     head = ["family", "shape", "N", "active", "FLOPs/token", "cache and state", "of it state"]
-    head += ["rate x", "lost", "runs", "a", "fit"]
+    head += ["rate x", "lost", "runs", *(("a", "fit") if fitted else ())]
     rows = []
     for name, own in result["families"].items():
-        tuned, a = own["tuned"], own["a"]
+        tuned = own["tuned"]
         rows.append([
             name, own["shape"], f"{own['params']:,}", f"{own['params_active']:,}",
             f"{own['flops_per_token']:.4g}", f"{own['decode_bytes']:.3g} B", f"{own['state_bytes']:.3g} B",
             f"{tuned['best']:.2g}" + (" (end)" if tuned["edge"] else ""), f"{tuned['excess']:.2%}",
-            str(own["runs"]), interval(a), own["status"],
+            str(own["runs"]), *((interval(own["a"]), own["status"]) if fitted else ()),
         ])  # fmt: skip
     return head, rows
 
@@ -71,13 +72,54 @@ def told(row: Mapping) -> str:
     return text if row["apart"] else text + ", cannot be told apart"
 
 
+def matched(result: Mapping) -> tuple[list[str], list[list[str]], list[str]]:
+    """Families at equal N, C and unique tokens: head, rows and notes."""
+    head = ["family", "N total", "N active", "C", "tokens seen", "unique", "epochs", "loss", "less reference"]
+    rows = []
+    for triple in result["triples"]:
+        for name, own in triple.items():
+            done = own["loss"] is not None
+            rows.append([
+                name, f"{own['params_total']:,}", f"{own['params_active']:,}", f"{own['flops']:.4g}",
+                f"{own['tokens']:,}", f"{own['unique_tokens']:,}" if done else "-",
+                f"{own['epochs']:.2f}" if done else "-", f"{own['loss']:.4f}" if done else "none finished",
+                told_difference(own["difference"]) if "difference" in own else "",
+            ])  # fmt: skip
+    notes = [
+        f"{name}: over all {found['pairs']} cells {told_difference(found)}"
+        for name, found in result["overall"].items()
+    ]
+    notes.append(
+        "a cell's difference is the mean over seeds, its interval of them; over all, of the cells' means. "
+        f"Below zero: better than {result['reference']}"
+    )
+    notes += [left_out(d) for d in result["dropped"]]
+    return head, rows, notes
+
+
+def left_out(dropped: Mapping) -> str:
+    """A cell that could not be matched, and why."""
+    target = dropped["target"]
+    at = f"C {target['flops']:.3g}" if target.get("flops") else f"D {target['tokens']:.3g}"
+    return f"left out: N {target['params']:.3g}, {at}: {dropped['family']}: {dropped['reason']}"
+
+
+def told_difference(found: Mapping) -> str:
+    """A difference of losses with its interval, and in plain words where it tells nothing."""
+    if found["mean"] is None:
+        return "no pair of finished runs"
+    text, ends = f"{found['mean']:+.4f}", found["interval"]
+    text += f" ({ends[0]:+.4f} to {ends[1]:+.4f})" if ends else ", no interval"
+    return text if found["apart"] else text + ", cannot be told apart"
+
+
 def warnings(result: Mapping) -> list[str]:
     """What is to be doubted, first."""
     out = []
     for name, own in result["families"].items():
-        if own["status"] != "converged":
+        if own.get("status", "converged") != "converged":
             out.append(f"{name}: its fit is {own['status']}" + "".join(f"; {r}" for r in own["reasons"]))
-        out += [f"{name}: {text}" for text in own["flags"]]
+        out += [f"{name}: {text}" for text in own.get("flags", ())]
         if own["tuned"]["edge"] and own["tuned"]["best"] != 1:
             out.append(f"{name}: the best learning rate lies at the end of the bracket; widen tune.lr")
     return out
@@ -89,12 +131,24 @@ def show(console, result: Mapping, paths) -> None:
         console.print(f"[yellow]warning:[/] {line}", soft_wrap=True)
     head, rows = accounts(result)
     _table(console, f"Families of {result['config']} at the tuned size", head, rows)
-    for axis in result["axes"]:
-        head, rows, notes = multipliers(result, axis)
-        _table(console, f"Multiplier over {result['reference']} by {axis}", head, rows)
+    for axis, title in sections(result).items():
+        head, rows, notes = section(result, axis)
+        _table(console, title, head, rows)
         for note in notes:
             console.print(f"  {note}", soft_wrap=True)
     console.print("written: " + ", ".join(map(str, paths)), soft_wrap=True)
+
+
+def sections(result: Mapping) -> dict[str | None, str]:
+    """Costs that multipliers are by, or None for the matched cells, to the title."""
+    if "equal" in result:
+        return {None: "At equal total N, C and unique tokens"}
+    return {axis: f"Multiplier over {result['reference']} by {axis}" for axis in result["axes"]}
+
+
+def section(result: Mapping, axis: str | None) -> tuple[list[str], list[list[str]], list[str]]:
+    """Head, rows and notes of one of ``sections``."""
+    return matched(result) if axis is None else multipliers(result, axis)
 
 
 def _table(console, title, head, rows) -> None:
@@ -116,15 +170,12 @@ def as_markdown(result: Mapping, config: Mapping) -> str:
         "",
         *_markdown(*accounts(result)),
     ]
-    for axis, what in result["axes"].items():
-        head, rows, notes = multipliers(result, axis)
-        lines += [
-            "",
-            f"## Multiplier over {result['reference']} by {axis}",
-            "",
-            f"{what[0].upper()}{what[1:]}.",
-            "",
-        ]
+    for axis, title in sections(result).items():
+        head, rows, notes = section(result, axis)
+        lines += ["", f"## {title}", ""]
+        if axis is not None:
+            what = result["axes"][axis]
+            lines += [f"{what[0].upper()}{what[1:]}.", ""]
         lines += [*_markdown(head, rows), "", *(f"- {n}" for n in notes)]
     return "\n".join([*lines, ""])
 
@@ -133,6 +184,15 @@ def preface(result: Mapping, config: Mapping) -> str:
     """How the comparison was made, in words."""
     tune = config["tune"]
     rates = ", ".join(f"{x:g}" for x in tune["lr"])
+    if "equal" in result:
+        return (
+            "Every cell of the reference's grid is a triple: its total N, its training FLOPs C, and U, the "
+            "fewest tokens that any family sees at them. Each family has the same N (by the width of its "
+            "feed-forward), the same C and the same U tokens, which it repeats where C asks for more. The "
+            f"bracket of learning rates ({rates} times the recipe's) is at such a triple too. 'lost' is what "
+            "the recipe's own rate loses to the best. Cache and state: what decoding keeps at "
+            f"{config['context']:,} tokens. Intervals are 95 % (Student's t)."
+        )
     return (
         f"Each family was tuned by one bracket of learning rates ({rates} times the recipe's, at N "
         f"{tune['params']:.3g} and D {tune['tokens']:.3g}), then trained on the same grid at the best of "
@@ -163,8 +223,12 @@ def as_html(result: Mapping, config: Mapping, folder: Path) -> str:
     parts = [f"<h1>{title}</h1>", _list([f"warning: {w}" for w in warnings(result)])]
     parts += [f"<p>{html.escape(preface(result, config))}</p>", "<h2>What each is at the tuned size</h2>"]
     parts.append(_html(*accounts(result)))
-    for axis, what in result["axes"].items():
-        head, rows, notes = multipliers(result, axis)
+    for axis, title in sections(result).items():
+        head, rows, notes = section(result, axis)
+        if axis is None:
+            parts += [f"<h2>{title}</h2>", _html(head, rows), _list(notes)]
+            continue
+        what = result["axes"][axis]
         words = f"Loss against {what}, and multipliers by family"
         figure = plots.svg(picture(result, folder, axis), axis, words)
         parts.append(f"<h2>By {axis}: {html.escape(what)}</h2><figure>{figure}</figure>")

@@ -15,7 +15,7 @@ from scaling.branches import reference_tokens, with_trunks
 from scaling.config import SCHEMA, ConfigError, canonical_json, cell_id, validate_cell, validate_section
 from scaling.files import StudyError, read_json, write_json
 from scaling.flops import CONVENTIONS, ledger
-from scaling.recipe import Recipe, batch_sequences, hparams, recipe_from_config, round4, shape
+from scaling.recipe import Recipe, batch_sequences, fitted_shape, hparams, recipe_from_config, round4, shape
 from scaling.sentinels import sentinel_entries
 
 MANIFEST_SCHEMA = 1
@@ -168,7 +168,11 @@ def sized(study: Mapping, recipe: Recipe, target: Target, data: Mapping) -> tupl
     """A target's model section, its N and its D."""
     seq = study["data"].get("seq", 128)
     base = {"vocab": data["vocab"], **study["model"]}
-    model = shape(recipe, base, target.params, seq)
+    within = study["grid"].get("params_tolerance")
+    if within is None:
+        model = shape(recipe, base, target.params, seq)
+    else:
+        model = fitted_shape(recipe, base, target.params, seq, within)
     account = ledger(validate_section("model", model), seq)
     tokens = target.tokens
     if tokens is None:
@@ -252,10 +256,16 @@ def why_drop(grid: Mapping, target: Target, cell: Mapping, data: Mapping, conven
     bounds = grid["tokens_per_param"]
     if bounds is not None and not bounds[0] <= got["ratio"] <= bounds[1]:
         return f"{got['ratio']:.3g} tokens per parameter, outside grid.tokens_per_param = {bounds}"
-    epochs = got["tokens"] / data["unique_tokens"]
+    epochs = got["tokens"] / unique_tokens(cell, data)
     if epochs > grid["max_epochs"]:
         return f"{epochs:.3g} epochs, more than grid.max_epochs = {grid['max_epochs']:g}"
     return None
+
+
+def unique_tokens(cell: Mapping, data: Mapping) -> int:
+    """Training tokens in one pass of a cell: the data's, or those of its own ``data.unique_tokens``."""
+    own, seq = cell["data"]["unique_tokens"], cell["data"]["seq"]
+    return data["unique_tokens"] if own is None else min(data["unique_tokens"], (own - 1) // seq * seq)
 
 
 def achieved(cell: Mapping) -> dict:

@@ -176,11 +176,86 @@ def shape(recipe: Recipe, model: Mapping, params: float, seq: int) -> dict:
     Raises:
       ConfigError: ``params`` is not positive, or is smaller than half the smallest shape.
     """
+    model, best, best_key = with_base(recipe, model, seq), None, None
+    for width, layers in _sizes(recipe, model, params, seq):
+        n = _params(recipe, model, width, layers, seq)
+        miss = abs(math.log(n / params))
+        aspect = abs(math.log(width / depth(model, layers) / recipe.width_per_layer))
+        key = (0, aspect, miss) if miss <= math.log(1.1) else (1, miss, aspect)
+        if best_key is None or key < best_key:
+            best, best_key = (width, layers), key
+    if best_key[0] == 1 and best_key[1] > math.log(2):
+        step, period = _width_step(recipe, model), len(pattern(model))
+        smallest = _params(recipe, model, step, period, seq)
+        count = f"{period} layers" if period > 1 else "1 layer"
+        raise ConfigError(
+            f"params is {params:g}; this recipe's smallest shape (d_model {step}, {count}) has {smallest:,}"
+        )
+    return make_shape(recipe, model, *best)
+
+
+def fitted_shape(recipe: Recipe, model: Mapping, params: float, seq: int, within: float) -> dict:
+    """As ``shape``, with N nearer to its target: the feed-forward's width gives way.
+
+    Among widths, depths and feed-forward widths (multiples of ``ffn_multiple``, from half to twice
+    ``ffn_ratio``) with N within ``within`` of the target, the one whose aspect ratio and feed-forward are
+    together nearest to the recipe's.
+
+    Raises:
+      ConfigError: as ``shape``; or no shape lies so near.
+    """
+    model, found, nearest = with_base(recipe, model, seq), [], (math.inf, 0)
+    for width, layers in _sizes(recipe, model, params, seq, spread=1):
+        built = make_shape(recipe, model, width, layers)
+        aspect = abs(math.log(width / depth(model, layers) / recipe.width_per_layer))
+        for ffn in _feed_forwards(recipe, built, params, seq):
+            try:
+                n = ledger({**built, "ffn_dim": ffn}, seq).params_total
+            except ValueError:  # an expert of no whole number of channels
+                continue
+            off = abs(math.log(ffn / (recipe.ffn_ratio * width)))
+            miss = abs(n / params - 1)
+            if off > math.log(2):
+                continue
+            nearest = min(nearest, (miss, n))
+            if miss <= within:
+                found.append((aspect + off, miss, width, layers, ffn))
+    if not found:
+        raise ConfigError(
+            f"params is {params:g}; no shape of this recipe lies within {within:g} of it (the nearest has "
+            f"{nearest[1]:,}): a smaller recipe.ffn_multiple or width_multiple gives more shapes"
+        )
+    *_, width, layers, ffn = min(found)
+    return {**make_shape(recipe, model, width, layers), "ffn_dim": ffn}
+
+
+def _feed_forwards(recipe: Recipe, built: Mapping, params: float, seq: int) -> set[int]:
+    """The feed-forward's own width, and the two that bring N nearest: N is linear in it."""
+    step, own = recipe.ffn_multiple, built["ffn_dim"]
+    far = own + 64 * step  # a multiple that the usual fractions of an expert divide
+    try:
+        here, there = (ledger({**built, "ffn_dim": f}, seq).params_total for f in (own, far))
+    except ValueError:
+        return {own}
+    if there == here:
+        return {own}
+    wanted = (own + (params - here) / (there - here) * (far - own)) / step
+    return {own, *(step * k for k in (math.floor(wanted), math.ceil(wanted)) if k >= 1)}
+
+
+def _width_step(recipe: Recipe, model: Mapping) -> int:
+    return math.lcm(recipe.width_multiple, heads_multiple(model) * model["head_dim"])
+
+
+def _sizes(recipe: Recipe, model: Mapping, params: float, seq: int, spread: int = 0):
+    """(d_model, layers) around a target N: of every width the depths next to it, and ``spread`` beyond.
+
+    Raises:
+      ConfigError: a target that is not positive, or a typing error.
+    """
     if not 0 < params < MOST_PARAMS:
         raise ConfigError(f"params is {params!r}; a target N must be positive and below {MOST_PARAMS:g}")
-    model = with_base(recipe, model, seq)
-    step = math.lcm(recipe.width_multiple, heads_multiple(model) * model["head_dim"])
-    best, best_key = None, None
+    step, first = _width_step(recipe, model), True
     # N ~ 12 width^3 / aspect: for large N, widths far from that have no aspect ratio worth trying
     ideal = (params * recipe.width_per_layer / 12) ** (1 / 3)
     width, widest = step, math.inf
@@ -189,24 +264,14 @@ def shape(recipe: Recipe, model: Mapping, params: float, seq: int) -> dict:
     period = len(pattern(model))
     while width <= widest:
         one, two = (_params(recipe, model, width, k, seq) for k in (period, 2 * period))
-        if best is not None and one > 2 * params:
-            break
+        if not first and one > 2 * params:
+            return
         guess = period * (1 + (params - one) / (two - one))
-        for layers in {max(period, math.floor(guess)), max(period, math.ceil(guess))}:
-            n = _params(recipe, model, width, layers, seq)
-            miss = abs(math.log(n / params))
-            aspect = abs(math.log(width / depth(model, layers) / recipe.width_per_layer))
-            key = (0, aspect, miss) if miss <= math.log(1.1) else (1, miss, aspect)
-            if best_key is None or key < best_key:
-                best, best_key = (width, layers), key
+        around = range(math.floor(guess) - spread, math.ceil(guess) + spread + 1)
+        for layers in sorted({max(period, k) for k in around}):
+            yield width, layers
+        first = False
         width += step
-    if best_key[0] == 1 and best_key[1] > math.log(2):
-        smallest = _params(recipe, model, step, period, seq)
-        count = f"{period} layers" if period > 1 else "1 layer"
-        raise ConfigError(
-            f"params is {params:g}; this recipe's smallest shape (d_model {step}, {count}) has {smallest:,}"
-        )
-    return make_shape(recipe, model, *best)
 
 
 def depth(model: Mapping, layers: int) -> float:

@@ -33,6 +33,8 @@ GRID_KEYS = {
     "tokens": "product: list of D",
     "cells": "list: list of {params, tokens or flops, seed, set}",
     "tolerance": "drop a cell whose achieved FLOPs miss the target by more than this share (0.01)",
+    "params_tolerance": "fit the feed-forward's width until N is within this share of its target (10 %, by "
+    "width and depth alone)",
     "min_steps": "drop a cell of fewer updates (50)",
     "tokens_per_param": "drop a cell outside [low, high] D/N (no bounds)",
     "max_epochs": "drop a cell that passes over its data more often (1)",
@@ -215,8 +217,8 @@ def validate_grid(grid) -> dict:
             _check_numbers(f"grid.params[{i}]", sizes)
     else:
         _check_numbers("grid.params", params)
-    for key in ("tolerance", "max_epochs", "min_steps"):
-        _check_numbers(f"grid.{key}", [grid[key]])
+    for key in ("tolerance", "max_epochs", "min_steps", "params_tolerance"):
+        _check_numbers(f"grid.{key}", [grid[key]] if key in grid else [])
     bounds = grid["tokens_per_param"]
     if bounds is not None:
         if not isinstance(bounds, list) or len(bounds) != 2:
