@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from launch.planning import data_facts
 from scaling.config import ConfigError, validate_section
+from scaling.data import open_data
 from scaling.grid import plan
 from scaling.records import collect, read_manifest
 from scaling.study import validate_grid
@@ -38,12 +40,12 @@ def check(config: Mapping) -> None:
     if equal not in EQUAL:
         raise ConfigError(f"equal is {equal!r}; it must be 'total' or left out")
     for name in config["families"]:
-        own = config["families"][name]
-        if "grid" in own or "data" in own:
-            raise ConfigError(
-                f"families.{name} has a {'grid' if 'grid' in own else 'data'} of its own; with equal = "
-                f"{equal!r} all share the study's"
-            )
+        for section in ("grid", "data", "flops_convention"):
+            if section in config["families"][name]:
+                raise ConfigError(
+                    f"families.{name} has a {section} of its own; with equal = {equal!r} all share the "
+                    "study's"
+                )
     if study["grid"].get("trunks"):
         raise ConfigError(
             f"study.grid.trunks is True with equal = {equal!r}, where cells of one N have data of different "
@@ -84,8 +86,10 @@ def grids(config: Mapping, studies: Mapping[str, dict], facts: Mapping | None = 
     if "max_epochs" not in config["study"]["grid"]:
         own_grid["max_epochs"] = ANY_EPOCHS
     tune = {"params": config["tune"]["params"], "tokens": config["tune"]["tokens"]}
-    shared = {k: own_grid[k] for k in ("tolerance", "min_steps", "max_epochs")}
-    tune_grid = {k: own_grid[k] for k in ("tolerance", "max_epochs")}
+    shared = {
+        k: own_grid[k] for k in ("tolerance", "min_steps", "max_epochs", "params_tolerance") if k in own_grid
+    }
+    tune_grid = {k: shared[k] for k in shared if k != "min_steps"}
     tune_grid = validate_grid({"kind": "list", "cells": [tune], **tune_grid})
     cells, dropped = match(config, studies, own_grid, facts)
     tuned, lost = match(config, studies, tune_grid, facts)
@@ -110,10 +114,8 @@ def tolerance(config: Mapping) -> float:
 
 def open_facts(study: Mapping) -> dict:
     """What a plan needs to know of a study's data."""
-    from launch.show import data_facts
-    from scaling import data
-
-    return data_facts(data.open_data(validate_section("data", study["data"])), study["data"].get("seq", 128))
+    dataset = open_data(validate_section("data", study["data"]))
+    return data_facts(dataset, study["data"].get("seq", 128))
 
 
 def match(config: Mapping, studies: Mapping[str, dict], grid: Mapping, facts: Mapping):
@@ -199,15 +201,16 @@ def compare(config: Mapping, folder: Path, cells: Mapping[str, list]) -> dict:
 
 def read_runs(study: Path, cells: list) -> list[dict]:
     """What a family's study has of every listed cell, in their order; losses of finished runs by seed."""
-    table = collect(study)
+    table, manifest = collect(study), read_manifest(study)
     table = table[(table["final"]) & (table["role"] == "cell")].set_index("cell")
     out = [{"losses": {}} for _ in cells]
     places = {tuple(sorted(wanted(c).items())): i for i, c in enumerate(cells)}
-    for entry in read_manifest(study)["cells"]:
+    for entry in manifest["cells"]:
         if entry.get("role", "cell") != "cell":
             continue
         run, row = table.loc[entry["id"]], out[places[tuple(sorted(wanted(entry["target"]).items()))]]
-        row |= {k: entry["achieved"][k] for k in ("params_total", "params_active", "flops", "tokens")}
+        row |= {k: entry["achieved"][k] for k in ("params_total", "params_active", "tokens")}
+        row["flops"] = entry["achieved"]["flops_by_convention"][manifest["flops_convention"]]
         if run["status"] == "finished":
             row |= {"unique_tokens": int(run["unique_tokens"]), "epochs": float(run["epochs"])}
             row["losses"][str(entry["target"]["seed"])] = float(run["loss"])

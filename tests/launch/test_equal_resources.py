@@ -13,8 +13,8 @@ from tiny_study import tiny_study
 from launch.cli import cli
 from launch.equal_resources import difference, grids
 from launch.families import load, run, save, study_of, tuning_study
-from launch.local import work
 from launch.show_families import told_difference
+from launch.work import work
 from scaling.flops import ledger
 from scaling.grid import plan
 from scaling.records import collect, read_manifest
@@ -71,6 +71,17 @@ def test_every_triple_has_one_total_n_one_c_and_one_set_of_tokens(corpus, tmp_pa
             assert cuts == {one["tokens"] + 1} and other["tokens"] > 1.2 * one["tokens"]
 
 
+def test_a_reference_that_is_fitted_to_its_own_n_stays_so(corpus, tmp_path):
+    config = comparison(corpus)
+    config["study"]["grid"]["params_tolerance"] = 0.03
+    manifests, dropped = planned(loaded(tmp_path, config))
+    assert not dropped
+    for suffix in ("", "-tune"):
+        for dense, moe in zip(*(manifests[f + suffix]["cells"] for f in ("dense", "experts")), strict=True):
+            assert abs(dense["achieved"]["params_total"] / dense["target"]["params"] - 1) <= 0.03
+            assert abs(moe["achieved"]["params_total"] / dense["achieved"]["params_total"] - 1) <= 0.02
+
+
 def test_the_experiment_is_matched_whole():
     config = load(Path(__file__).parents[2] / "experiments" / "experts.py")
     manifests, dropped = planned(config)
@@ -104,6 +115,8 @@ def test_bad_settings_are_named(corpus, tmp_path):
     assert "params_tolerance is 0.1 without equal" in said(equal=None, params_tolerance=0.1)
     families = {"dense": {}, "experts": {"model": MOE, "data": {"seed": 1}}}
     assert "families.experts has a data of its own" in said(families=families)
+    families = {"dense": {}, "experts": {"model": MOE, "flops_convention": "full"}}
+    assert "families.experts has a flops_convention of its own" in said(families=families)
     study = comparison(corpus)["study"]
     study["grid"]["trunks"] = True
     assert "study.grid.trunks is True with equal = 'total'" in said(study=study)
