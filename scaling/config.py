@@ -141,9 +141,11 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "shared_experts": _count(0, later=True),
         "expert_fraction": _positive(1.0, later=True),
         "capacity_factor": Field(float, lambda x: x >= 1, "a number of at least 1", 1.5, later=True),
-        "router": _choice("chosen", "all", default="chosen", later=True),
+        "router": _choice("chosen", "all", "relu", default="chosen", later=True),
         "balance_loss": _nonnegative(0.01, later=True),
         "router_z_loss": _nonnegative(0.001, later=True),
+        "router_l1": _positive(1e-8, later=True),
+        "router_l1_factor": Field(float, lambda x: x > 1, "a number above 1", 1.2, later=True),
         "memory_keys": _positive_int(32, later=True),
         "memory_heads": _positive_int(4, later=True),
         "memory_top": _positive_int(16, later=True),
@@ -450,6 +452,13 @@ def _check_layers(model: Mapping) -> None:
             f"model.active_experts is {model['active_experts']}; it must be at most experts = "
             f"{model['experts']}"
         )
+    relu = model["router"] == "relu"
+    for key in ("balance_loss", "router_z_loss") if relu else ("router_l1", "router_l1_factor"):
+        if model[key] != SCHEMA["model"][key].default:
+            raise ConfigError(
+                f"model.{key} is {model[key]!r} with model.router = {model['router']!r}, which does not read "
+                f"it; it is for {repr('chosen') + ' and ' + repr('all') if relu else repr('relu')}"
+            )
     if model["memory_top"] > model["memory_keys"]:
         raise ConfigError(
             f"model.memory_top is {model['memory_top']}; it must be at most memory_keys = "

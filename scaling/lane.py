@@ -30,6 +30,7 @@ from scaling.flops import ledger
 from scaling.optim import hyper_parameters
 from scaling.probes import probe
 from scaling.records import read_result
+from scaling.sparsity import is_adaptive
 from scaling.spikes import count_spikes
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ class Lane:
         )
         self.hp = hyper_parameters(cell)
         self.account = ledger(cell["model"], self.seq)
+        self.is_relu_routed = is_adaptive(cell["model"])
         self.checkpoints = Checkpoints(self.folder.checkpoints, self.name, keep_steps=job.keep)
         self.log_every = max(1, self.steps // LOGGED_POINTS)
         self.eval_steps = eval_steps(cell, job.fork)
@@ -213,6 +215,7 @@ class Lane:
             line |= {"grad_norm": grad_norm, "lr": float(metrics["lr"])}
             if "skipped" in metrics:
                 line["skipped"] = int(metrics["skipped"])
+            line |= {k: float(metrics[k]) for k in ("router_l1", "open_experts") if k in metrics}
             self.write(line)
             if self.on_metrics is not None:
                 self.on_metrics({**line, "seconds": self.wall_seconds})
@@ -263,6 +266,7 @@ class Lane:
             "flops": self.account.train_flops(tokens, "exact"),
             "spikes": count_spikes([r["loss"] for r in lines]),
             "skipped_steps": lines[-1].get("skipped", 0) if lines else 0,
+            **({"open_experts": mean_of(lines, "open_experts")} if self.is_relu_routed else {}),
             "evals": evals,
             "data": self.dataset.fingerprint,
             "device_kind": jax.devices()[0].device_kind,
@@ -306,6 +310,11 @@ def eval_steps(cell: Mapping, fork: int = 0) -> set[int]:
     """After how many updates a cell is evaluated: evenly spaced to its end, none before the fork."""
     steps, points = cell["train"]["steps"], cell["eval"]["points"]
     return {s for s in (round(steps * (i + 1) / points) for i in range(points)) if s > fork}
+
+
+def mean_of(lines: list[dict], key: str) -> float | None:
+    """The mean of a number over the logged lines; None where there is none."""
+    return float(np.mean([line[key] for line in lines])) if lines else None
 
 
 def cpu_cores() -> int | None:

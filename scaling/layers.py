@@ -70,6 +70,7 @@ READ = {
     "rope_fraction": ATTENTION,
     **dict.fromkeys(("experts", "active_experts", "shared_experts", "expert_fraction"), ("moe",)),
     **dict.fromkeys(("capacity_factor", "router", "balance_loss", "router_z_loss"), ("moe",)),
+    **dict.fromkeys(("router_l1", "router_l1_factor"), ("moe",)),
     **dict.fromkeys(("memory_keys", "memory_heads", "memory_top"), ("memory",)),
     "depth_capacity": (ROUTED,),
 }

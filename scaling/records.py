@@ -82,6 +82,8 @@ COLUMNS = {
     "peak_bytes": "peak device memory, where the device tells",
     "spikes": "times the training loss jumped from its own course",
     "skipped_steps": "updates that the guard against spikes left out",
+    "open_experts": "of ReLU routers: experts whose gate is open for a token, mean over layers and logged "
+    "steps; the ledger counts active_experts, its target",
     "trunk": "cell whose checkpoint this one started from, if any",
     "sentinel_of": "cell whose learning rate or batch this one brackets, if any",
 }
@@ -171,6 +173,7 @@ def cell_rows(manifest: Mapping, entry: Mapping, folder: CellFolder) -> list[dic
         "mfu": mfu(timing.get("flops_per_second"), result["device_kind"]),
         "spikes": result.get("spikes"),
         "skipped_steps": result.get("skipped_steps"),
+        "open_experts": result.get("open_experts"),
         "peak_bytes": timing.get("peak_bytes"),
     }
     if result["status"] != "finished":

@@ -13,6 +13,7 @@ from scaling.guard import Guard, judge, new_guard
 from scaling.models.loss import loss_fn
 from scaling.precision import cast, rounding_key, store
 from scaling.schedules import learning_rate
+from scaling.sparsity import first_l1, is_adaptive, next_l1
 
 
 class TrainState(NamedTuple):
@@ -32,48 +33,84 @@ class GuardedState(NamedTuple):
     guard: Guard
 
 
-def init_state(params, static, hp) -> TrainState | GuardedState:
+class RoutedState(NamedTuple):
+    """The train state of a cell with ReLU routers, apart as ``GuardedState`` is."""
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+    router_l1: jax.Array  # float32 scalar: coefficient of the gates' L1 norm (scaling.sparsity)
+
+
+class GuardedRoutedState(NamedTuple):
+    """Both."""
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+    guard: Guard
+    router_l1: jax.Array
+
+
+State = TrainState | GuardedState | RoutedState | GuardedRoutedState
+
+
+def init_state(params, static, hp) -> State:
     """The state before the first step, owning fresh buffers."""
     params = cast(params, static.params_dtype)
     opt_state = optim.make_optimizer(static, hp, params).init(params)
     state = TrainState(jnp.int32(0), params, opt_state)
     if static.skip_window is not None:
         state = GuardedState(*state, new_guard(static.skip_window))
+    model = dict(static.model)
+    if is_adaptive(model):
+        routed = RoutedState if static.skip_window is None else GuardedRoutedState
+        state = routed(*state, first_l1(model))
     return jax.tree.map(jnp.array, state)
 
 
-def eval_params(static, state: TrainState | GuardedState):
+def eval_params(static, state: State):
     """The parameters by which a state is judged (``scaling.optim.eval_params``)."""
     return optim.eval_params(static, state.params, state.opt_state)
 
 
-def gradients(apply, params, batch, z_loss, accumulate: int):
-    """The mean loss in nats, and its gradient with the z-loss's.
+def gradients(apply, params, batch, z_loss, accumulate: int, router_l1=0.0):
+    """What a batch reads, and the gradient of its mean loss with what is added to it.
 
     Args:
       accumulate: parts that the rows are split into, one after another; each must have as many. The tokens
         of all parts weigh the same, so that only the order of sums differs from one part.
+      router_l1: see ``scaling.models.loss.loss_fn``.
 
     Returns:
-      (nats, grads): a float32 scalar; a tree like ``params``, float32 where there are several parts.
+      (read, grads): float32 scalars ``nats`` (the mean loss) and, of ReLU routers, ``open`` (share of open
+      gates); a tree like ``params``, float32 where there are several parts.
     """
-    value_and_grad = jax.value_and_grad(loss_fn, argnums=1, has_aux=True)
+
+    def loss(params, batch, tokens=None):
+        total, aux = loss_fn(apply, params, batch, z_loss, tokens, router_l1)
+        return total, {k: aux[k] for k in ("nats", "open") if k in aux}
+
     if accumulate == 1:
-        (_, aux), grads = value_and_grad(apply, params, batch, z_loss)
-        return aux["nats"], grads
+        (_, read), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
+        return read, grads
     tokens = jnp.sum(batch["loss_mask"])
     # row r goes to part r mod K: rows of one device stay on it
     parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
-    def add(total, part):
-        (_, aux), grads = value_and_grad(apply, params, part, z_loss, tokens)
-        return jax.tree.map(jnp.add, total, (aux["nats"], cast(grads, "float32"))), None
+    def of_part(part):
+        (_, read), grads = jax.value_and_grad(loss, has_aux=True)(params, part, tokens)
+        return read, cast(grads, "float32")
 
-    zero = jnp.float32(0), jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, of_part(part)), None
+
+    shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, zero, parts)[0]
 
 
-def train_step(apply, static, state: TrainState | GuardedState, batch, hp, accumulate: int = 1):
+def train_step(apply, static, state: State, batch, hp, accumulate: int = 1):
     """One update.
 
     Args:
@@ -86,10 +123,13 @@ def train_step(apply, static, state: TrainState | GuardedState, batch, hp, accum
 
     Returns:
       The state after the step, and float32 scalars ``loss`` (nats per token, before the update),
-      ``grad_norm`` (before clipping) and ``lr``; with a guard also ``skipped`` (int32, steps so far).
+      ``grad_norm`` (before clipping) and ``lr``; with a guard also ``skipped`` (int32, steps so far); with
+      ReLU routers ``router_l1`` (of this step) and ``open_experts`` (of a token and layer, in the mean).
     """
 
-    nats, grads = gradients(apply, state.params, batch, hp["z_loss"], accumulate)
+    model = dict(static.model)
+    l1 = (state.router_l1,) if is_adaptive(model) else ()
+    read, grads = gradients(apply, state.params, batch, hp["z_loss"], accumulate, *l1)
     # the update's arithmetic is float32 however its operands are stored
     grads, old_params, old_opt_state = cast((grads, state.params, state.opt_state), "float32")
     optimizer = optim.make_optimizer(static, hp, old_params, state.step)
@@ -99,14 +139,19 @@ def train_step(apply, static, state: TrainState | GuardedState, batch, hp, accum
     if static.params_dtype != "float32":
         new = store(new, old, rounding_key(hp["seed"], state.step) if static.stochastic_rounding else None)
     metrics = {
-        "loss": nats,
+        "loss": read["nats"],
         "grad_norm": optax.global_norm(grads),
         "lr": learning_rate(static.schedule, state.step, hp, static.decay),
     }
+    if l1:
+        metrics |= {"router_l1": state.router_l1, "open_experts": model["experts"] * read["open"]}
+        new, old = (*new, next_l1(model, state.router_l1, read["open"])), (*old, state.router_l1)
     if static.skip_window is not None:
         new = jax.lax.optimization_barrier(new)  # fused as without a guard, so that the bits are the same
         skip, guard = judge(state.guard, state.step, metrics["loss"], metrics["grad_norm"], hp["skip_sigma"])
         new = jax.tree.map(lambda after, before: jnp.where(skip, before, after), new, old)
         state = state._replace(guard=guard)
         metrics["skipped"] = guard.skipped
+    if l1:
+        state = state._replace(router_l1=new[2])
     return state._replace(step=state.step + 1, params=new[0], opt_state=new[1]), metrics

@@ -224,7 +224,11 @@ def glu_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
 
 
 def moe_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
-    """A router, experts of which a token takes some, shared ones; "full" has every place of every expert."""
+    """A router, experts of which a token takes some, shared ones; "full" has every place of every expert.
+
+    ReLU routers count by ``active_experts``, which is what training aims at, so that a cell's cost is known
+    before it is trained; the places are computed whoever holds them, so that "full" bounds it from above.
+    """
     D, E, k, shared = (model[name] for name in ("d_model", "experts", "active_experts", "shared_experts"))
     expert = count * 3 * D * layers.expert_dim(model)
     places = E * layers.capacity(E, k, model["capacity_factor"], seq) / seq

@@ -47,6 +47,7 @@ DEFAULTS = {
     "family": "transformer", "qk_norm": True, "tied": True, "local_window": None, "post_norm": False,
     "expand": 2, "state_dim": 128, "conv_width": 4, "key_fraction": 0.5, "channel_state": 16,
     "experts": 8, "active_experts": 2, "shared_experts": 0, "expert_fraction": 1.0, "capacity_factor": 1.5,
+    "router": "chosen",
     "memory_keys": 32, "memory_heads": 4, "memory_top": 16,
     "depth_capacity": 0.125,
 }  # fmt: skip

@@ -116,6 +116,9 @@ def moe_kept(model: Mapping, seq: int, width: int) -> Kept:
     F = layers.expert_dim(model)
     places = E * layers.capacity(E, k, model["capacity_factor"], seq) / seq
     shared = 5 * width * model["shared_experts"] * F
+    if model["router"] == "relu":  # weighed place by place, not choice by choice
+        whole = (8 + 2 * width) * D + places * (width * (2 * D + 5 * F) + 4 * D) + 17 * E + shared
+        return Kept(whole, width * D, 8 * E)
     whole = (8 + 2 * width) * D + places * width * (2 * D + 5 * F) + 12 * E + k * (4 * D + 16) + shared
     return Kept(whole, width * D, 4 * E * k)
 

@@ -24,7 +24,7 @@ from scaling.models.mamba2 import Mamba2
 from scaling.models.memory import Memory
 from scaling.models.min_gru import MinGRU
 from scaling.models.mlstm import MLSTM
-from scaling.models.moe import MoE
+from scaling.models.moe import Density, MoE, together
 from scaling.models.norm import RMSNorm
 from scaling.models.qlstm import QLSTM
 from scaling.models.rglru import RGLRU
@@ -115,7 +115,7 @@ class Block(nnx.Module):
             None if b is None else put_back(b, places_BC, weights_BC, x_BTD.shape[1]) for b in branches
         )
         after_BTD = x_BTD + mixed_BTD if fed_BTD is None else x_BTD + (mixed_BTD + fed_BTD)
-        return after_BTD, mixed_BTD, fed_BTD, extra_B if added_B is None else extra_B + added_B
+        return after_BTD, mixed_BTD, fed_BTD, together(extra_B, added_B)
 
     def of_tokens(self, x_BTD, rope, segment_ids_BT, depth):
         """``with_branches`` of a layer that takes all the tokens it is given."""
@@ -194,6 +194,8 @@ class LM(nnx.Module):
         self.turning = turning if layers.has(cfg, *layers.ATTENTION) else 0  # channels of a head
         self.rope_theta = cfg["rope_theta"]
         self.routes = layers.has(cfg, "moe", layers.ROUTED)
+        self.mixtures = sum(layer.ffn == "moe" for layer in layers.layers(cfg))
+        self.relu_routed = self.mixtures > 0 and cfg["router"] == "relu"
         self.soft_cap = cfg["logits_soft_cap"]
         self.multiplier = parametrization.logit_multiplier(cfg)
         self.cross_document = cfg["cross_document"]
@@ -211,7 +213,7 @@ class LM(nnx.Module):
 
     def features(self, inputs_BT, segment_ids_BT=None, positions_BT=None, *, training: bool = False):
         """int [B, T] to what the head takes, [B, T, D], the head's matrix, float32 [D, V], and what routers
-        add to the training loss, float32 [B], or None."""
+        add to the training loss, float32 [B], or None; of ReLU routers their mean ``Density``."""
         B, T = inputs_BT.shape
         if self.cross_document:
             segment_ids_BT = positions_BT = None
@@ -230,16 +232,22 @@ class LM(nnx.Module):
         return rope_table(positions_BT, self.turning, self.rope_theta)
 
     def run_blocks(self, x_BTD, rope, segment_ids_BT, training: bool = False):
-        """All layers, one after the other; what they add to the loss is summed."""
+        """All layers, one after the other; what they add to the loss is summed, of a ``Density`` the mean."""
 
         def layer(x_BTD, block, depth):
             x_BTD, extra_B = block(x_BTD, rope, segment_ids_BT, depth, training)
             if self.routes and extra_B is None:  # layers with and without a router beside each other
                 extra_B = jnp.zeros(len(x_BTD), jnp.float32)
+            if self.relu_routed and not isinstance(extra_B, Density):
+                extra_B = Density(jnp.zeros_like(extra_B), jnp.zeros_like(extra_B), extra_B)
             return self.places.rows(x_BTD), extra_B
 
         x_BTD, extra_LB = self.fold_layers(x_BTD, layer)
-        return x_BTD, None if extra_LB is None else jnp.sum(extra_LB, axis=0)
+        extra_B = jax.tree.map(lambda x_LB: jnp.sum(x_LB, axis=0), extra_LB)
+        if self.relu_routed:
+            l1_B, share_B, other_B = extra_B
+            extra_B = Density(l1_B / self.mixtures, share_B / self.mixtures, other_B)
+        return x_BTD, extra_B
 
     def fold_layers(self, x, layer):
         """``x, out = layer(x, block, depth)`` over all layers: a scan over repeats, or a Python loop.
@@ -297,8 +305,9 @@ class Apply:
     Called: ``apply(params, inputs_BT, segment_ids_BT=None, positions_BT=None)``, float32 logits [B, T, V].
     ``features`` of the same arguments: (x [B, T, D] in the model's dtype, head float32 [D, V], extra), for a
     loss that never holds the logits; they are ``cap(x @ head)`` with ``soft_cap`` (None: no cap). ``extra``:
-    what routers add to the training loss, float32 [B], None without routers. With ``training`` routed layers
-    choose among the whole row (``DepthRouter``); without, and when called, no token sees a later one.
+    what routers add to the training loss, float32 [B], None without routers, a ``scaling.models.moe.Density``
+    where they are ReLU. With ``training`` routed layers choose among the whole row (``DepthRouter``);
+    without, and when called, no token sees a later one.
     """
 
     graphdef: nnx.GraphDef

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import linear_cross_entropy
+from scaling.models.moe import Density
 
 
-def loss_fn(apply, params, batch, z_loss: float, tokens=None):
+def loss_fn(apply, params, batch, z_loss: float, tokens=None, router_l1=0.0):
     """Mean cross-entropy over the tokens with a loss, plus z-loss.
 
     The z-loss is ``z_loss * mean(log^2 Z)`` over the same tokens: PaLM (Chowdhery et al. 2022,
@@ -19,11 +20,13 @@ def loss_fn(apply, params, batch, z_loss: float, tokens=None):
       z_loss: its coefficient, >= 0.
       tokens: what the sums are divided by, for a part of a batch: then the parts' losses add up to the
         batch's. None: those of this batch.
+      router_l1: what the L1 norm of ReLU gates is multiplied by, >= 0 (``scaling.sparsity``).
 
     Returns:
       (loss, aux): float32 scalars; aux has ``nats`` (the mean cross-entropy, in nats a token),
       ``z_loss`` (the term as added), ``tokens`` (the divisor) and, where there are routers, ``router`` (what
-      they add, rows weighed by their tokens). A batch whose mask is all zero has no mean: NaN.
+      they add, rows weighed by their tokens), of ReLU routers also ``open`` (share of the gates that are
+      open, weighed alike). A batch whose mask is all zero has no mean: NaN.
     """
     (total, lse_BT), extra_B = _cross_entropy(
         apply, params, batch, training=True, z_loss=z_loss, reduction="sum", return_lse=True
@@ -34,7 +37,12 @@ def loss_fn(apply, params, batch, z_loss: float, tokens=None):
     z_term = z_loss * jnp.sum(jnp.square(jax.lax.stop_gradient(lse_BT)) * mask_BT) / tokens
     aux = {"nats": loss - z_term, "z_loss": z_term, "tokens": tokens}
     if extra_B is not None:
-        aux["router"] = jnp.sum(extra_B * jnp.sum(mask_BT, axis=-1)) / tokens
+        by_tokens = lambda x_B: jnp.sum(x_B * jnp.sum(mask_BT, axis=-1)) / tokens  # noqa: E731
+        if isinstance(extra_B, Density):
+            aux["router"] = router_l1 * by_tokens(extra_B.l1) + by_tokens(extra_B.other)
+            aux["open"] = by_tokens(extra_B.share)
+        else:
+            aux["router"] = by_tokens(extra_B)
         loss = loss + aux["router"]
     return loss, aux
 

@@ -284,6 +284,10 @@ FAMILIES = {
     "qlstm": ({}, {"linear_scan", "linear_scan_backward"} | CONVOLUTION),
     "moe": ({"expert_fraction": 0.5, "capacity_factor": 1.25}, {"attention_forward"}),
     "mixture_of_depths": ({"depth_capacity": 0.5}, {"attention_forward"}),
+    "relu": (
+        {"family": "moe", "router": "relu", "expert_fraction": 0.5, "capacity_factor": 1.25},
+        {"attention_forward"},
+    ),
     "hybrid": ({"pattern": ["attention+memory", "min_gru"]}, {"attention_forward", "linear_scan"}),
 }
 

@@ -190,6 +190,7 @@ FAMILIES = {
     "min_gru": {},
     "qlstm": {"expand": 1},
     "moe": {"experts": 6, "shared_experts": 2, "expert_fraction": 0.25, "capacity_factor": 1.3},
+    "moe, relu": {"experts": 6, "router": "relu", "expert_fraction": 0.25},
     "hybrid, memory": {"pattern": ["attention+memory", "min_gru"], "memory_keys": 12, "memory_top": 5},
     "hybrid": {"pattern": ["mamba2", "full_attention", "mlstm+geglu"], "post_norm": True, "state_dim": 16},
     "mixture_of_depths": {"depth_capacity": 0.3},
@@ -355,6 +356,7 @@ MEMORY_CASES = {
         4,
         256,
     ),
+    "relu": ({"family": "moe", "layers": 4, "experts": 8, "router": "relu", "expert_fraction": 0.25}, 4, 256),
 }
 
 

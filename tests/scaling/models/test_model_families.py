@@ -41,6 +41,7 @@ CASES = {
         "expert_fraction": 0.5,
         "capacity_factor": 9.0,
     },
+    "relu": {"family": "moe", "experts": 5, "router": "relu", "capacity_factor": 9.0},
     "memory": {
         "family": "hybrid",
         "pattern": ["attention", "min_gru+memory"],

@@ -96,14 +96,67 @@ def test_layer_is_the_loop_over_tokens_and_choices(changes):
     assert kept == every if factor == 4 else 0.5 * every < kept <= every - (factor <= 1.2)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"capacity_factor": 4.0},
+        {"capacity_factor": 1.0, "shared_experts": 1},
+        {"experts": 6, "active_experts": 3, "expert_fraction": 0.25, "capacity_factor": 1.0},
+    ],
+)
+def test_open_gates_are_the_loop_over_tokens_and_experts(changes):
+    cfg = model(router="relu", **{"experts": 8, **changes})
+    apply, p = layer(cfg)
+    E, k = cfg["experts"], cfg["active_experts"]
+    x = np.random.default_rng(0).standard_normal((B, T, cfg["d_model"])).astype(np.float32)
+    room = min(T, int(np.ceil(cfg["capacity_factor"] * k * T / E)))
+    want, dropped, l1, share = np.zeros(x.shape), 0, np.zeros(B), np.zeros(B)
+    for b in range(B):
+        gates = np.maximum(np.float64(x[b]) @ p["router"], 0)
+        for e in range(E):
+            taken = 0
+            for t in range(T):
+                if gates[t, e] > 0:
+                    if taken < room:
+                        want[b, t] += gates[t, e] * swiglu(
+                            np.float64(x[b, t]), p["gate"][e], p["up"][e], p["down"][e]
+                        )
+                    dropped += taken >= room
+                    taken += 1
+            l1[b] += E / (k * T) * taken * gates[:, e].mean()
+            share[b] += taken / (T * E)
+    if cfg["shared_experts"]:
+        want += swiglu(np.float64(x), *(p["shared"][n] for n in ("gate", "up", "down")))
+    y, density = apply(x)
+    # float32 sums of some tens of terms
+    np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4 * want.std())
+    np.testing.assert_allclose(density.l1, l1, rtol=1e-5)
+    np.testing.assert_allclose(density.share, share, rtol=1e-6)
+    assert (dropped == 0) == (cfg["capacity_factor"] == 4.0)
+
+
+def test_one_expert_whose_gate_is_one_is_the_dense_layer():
+    cfg = model(router="relu", experts=1, active_experts=1)
+    graph, state = nnx.split(MoE(cfg, nnx.Rngs(0)))
+    params = nnx.to_pure_dict(state)
+    params["router"] = jnp.zeros_like(params["router"]).at[0].set(1.0)
+    x = np.random.default_rng(0).standard_normal((B, T, cfg["d_model"])).astype(np.float32)
+    x[..., 0] = 1.0  # times the router's only weight
+    y, density = nnx.merge(graph, params)(x)
+    want = swiglu(np.float64(x), *(np.float64(params[n][0]) for n in ("gate", "up", "down")))
+    np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(density.share, 1.0)
+
+
 def test_places_are_given_in_the_order_of_tokens():
     chosen = jnp.array([[0, 2], [2, 0], [2, 1], [0, 2]])
     assert places(chosen, 3, 2).tolist() == [[0, 4], [5, 1], [6, 2], [6, 6]]
 
 
-def test_a_later_token_takes_no_place_from_an_earlier_one():
+@pytest.mark.parametrize("router", ["chosen", "relu"])
+def test_a_later_token_takes_no_place_from_an_earlier_one(router):
     """Causal with places that do not suffice: the logits before a change stay the same, bit for bit."""
-    cfg = model(capacity_factor=1.0)
+    cfg = model(capacity_factor=1.0, router=router)
     apply, params = build(cfg, seed=0)
     apply = jax.jit(apply)
     rng = np.random.default_rng(0)
@@ -136,16 +189,19 @@ def batch_of(rows):
             "positions": np.cumsum(ones, 1, dtype=np.int32) - 1, "loss_mask": mask}  # fmt: skip
 
 
-def test_what_routers_add_to_the_loss_is_the_same_in_parts_and_none_of_the_nats():
-    cfg = model(balance_loss=0.3)
+@pytest.mark.parametrize("own", [{"balance_loss": 0.3}, {"router": "relu"}])
+def test_what_routers_add_to_the_loss_is_the_same_in_parts_and_none_of_the_nats(own):
+    cfg = model(**own)
     apply, params = build(cfg, seed=0)
     batch = batch_of(4)
-    loss, aux = loss_fn(apply, params, batch, 0.0)
+    loss, aux = loss_fn(apply, params, batch, 0.0, router_l1=0.5)
     assert aux["router"] > 0.1
     np.testing.assert_allclose(loss, aux["nats"] + aux["router"], rtol=1e-6)
-    nats, whole = gradients(apply, params, batch, 0.0, 1)
-    in_parts, parts = gradients(apply, params, batch, 0.0, 2)
-    np.testing.assert_allclose(nats, in_parts, rtol=1e-5)
+    read, whole = gradients(apply, params, batch, 0.0, 1, 0.5)
+    in_parts, parts = gradients(apply, params, batch, 0.0, 2, 0.5)
+    assert set(read) == set(in_parts) == ({"nats", "open"} if "router" in own else {"nats"})
+    for name in read:
+        np.testing.assert_allclose(read[name], in_parts[name], rtol=1e-5)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 
