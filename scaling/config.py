@@ -70,6 +70,10 @@ def _fraction(default=REQUIRED, **kw) -> Field:
     return Field(float, lambda x: 0 <= x < 1, "a number in [0, 1)", default, **kw)
 
 
+def _share(default=REQUIRED, **kw) -> Field:
+    return Field(float, lambda x: 0 < x <= 1, "a number above 0, at most 1", default, **kw)
+
+
 def _nonnegative(default=REQUIRED, **kw) -> Field:
     return Field(float, lambda x: x >= 0, "zero or a positive number", default, **kw)
 
@@ -135,7 +139,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "state_dim": _positive_int(128, later=True),
         "conv_width": Field(int, lambda x: 1 < x <= 16, "an integer from 2 to 16", 4, later=True),
         "channel_state": _positive_int(16, later=True),
-        "key_fraction": Field(float, lambda x: 0 < x <= 1, "a number above 0, at most 1", 0.5, later=True),
+        "key_fraction": _share(0.5, later=True),
         "experts": _positive_int(8, later=True),
         "active_experts": _positive_int(2, later=True),
         "shared_experts": _count(0, later=True),
@@ -149,9 +153,9 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "memory_keys": _positive_int(32, later=True),
         "memory_heads": _positive_int(4, later=True),
         "memory_top": _positive_int(16, later=True),
-        "depth_capacity": Field(
-            float, lambda x: 0 < x <= 1, "a number above 0, at most 1", 0.125, later=True
-        ),
+        "depth_capacity": _share(0.125, later=True),
+        "attention_budget": _share(0.15, later=True),
+        "budget_loss": _nonnegative(1.0, later=True),
     },
     "data": {
         "source": _choice(*FILE_SOURCES, *SYNTHETIC_SOURCES, "mixture", default="stdlib"),

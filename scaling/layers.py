@@ -14,6 +14,7 @@ MIXERS = {
     "attention": "causal attention, local where model.local_window is given",
     "full_attention": "causal attention over all tokens before, whatever model.local_window is",
     "differential_attention": "the difference of two softmaxes, windowed as attention is",
+    "selective_attention": "attention of tokens that a gate picks under a budget, windowed as attention is",
     "rglru": "Griffin's recurrent block: convolution and RG-LRU, a gated linear recurrence",
     "mamba": "Mamba: a selective scan, a small state a channel",
     "mamba2": "Mamba-2: state-space duality, one decay a head",
@@ -51,7 +52,7 @@ FAMILIES = {
 }
 """``model.family`` to its layers, again and again from the first on; 'hybrid' has those of ``pattern``."""
 
-ATTENTION = ("attention", "full_attention", "differential_attention")
+ATTENTION = ("attention", "full_attention", "differential_attention", "selective_attention")
 WHOLE = ("mamba", "mamba2", "longhorn")
 """Mixers that are a layer by themselves: no feed-forward where none is named."""
 
@@ -61,6 +62,9 @@ ROUTED = "routed"
 BY_DEPTH = ("differential_attention",)
 """Mixers that are told their layer's number."""
 
+CHOOSING = ("selective_attention",)
+"""Mixers that choose among tokens: they are told whether it is training, and add to its loss."""
+
 READ = {
     "expand": ("mamba", "mamba2", "longhorn", "gated_deltanet", "min_gru", "qlstm"),
     "state_dim": ("mamba2",),
@@ -69,8 +73,10 @@ READ = {
     "key_fraction": ("mlstm",),
     "rope_fraction": ATTENTION,
     **dict.fromkeys(("experts", "active_experts", "shared_experts", "expert_fraction"), ("moe",)),
-    **dict.fromkeys(("capacity_factor", "router", "balance_loss", "router_z_loss"), ("moe",)),
+    **dict.fromkeys(("router", "balance_loss", "router_z_loss"), ("moe",)),
     **dict.fromkeys(("router_l1", "router_l1_factor"), ("moe",)),
+    "capacity_factor": ("moe", "selective_attention"),
+    **dict.fromkeys(("attention_budget", "budget_loss"), ("selective_attention",)),
     **dict.fromkeys(("memory_keys", "memory_heads", "memory_top"), ("memory",)),
     "depth_capacity": (ROUTED,),
 }
@@ -183,7 +189,7 @@ def expert_dim(model: Mapping) -> int:
     return round(width)
 
 
-def capacity(experts: int, active: int, factor: float, seq: int) -> int:
+def capacity(experts: int, active: float, factor: float, seq: int) -> int:
     """Places of one expert for the tokens of a row; never more than the row has tokens."""
     return min(seq, math.ceil(factor * active * seq / experts))
 
@@ -191,3 +197,13 @@ def capacity(experts: int, active: int, factor: float, seq: int) -> int:
 def depth_places(share: float, seq: int) -> int:
     """Tokens of a row of ``seq`` that a routed layer takes: its share, rounded up."""
     return max(1, math.ceil(round(share * seq, 9)))
+
+
+def budget_tokens(model: Mapping, seq: int) -> int:
+    """Tokens of a row of ``seq`` that the budget of selective attention pays for."""
+    return depth_places(model["attention_budget"], seq)
+
+
+def budget_places(model: Mapping, seq: int) -> int:
+    """Places that a row keeps for them while it trains."""
+    return capacity(1, model["attention_budget"], model["capacity_factor"], seq)

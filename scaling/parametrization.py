@@ -74,6 +74,7 @@ VECTORS = {
     "input_bias",
     "recurrence_bias",
     "predictor_bias",
+    "router_bias",
     *("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"),
 }
 """Names of what multiplies or adds channel by channel, beside the norms' gains."""

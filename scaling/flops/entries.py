@@ -68,6 +68,7 @@ class Entry:
             name=f"routed {self.name}",
             active=round(share * self.active),
             matmul=share * self.matmul,
+            stopped=share * self.stopped,
             mixing=share * self.mixing,
             mixing_full=share * self.mixing_full,
             mixing_full_backward=None if backward is None else share * backward,
@@ -130,6 +131,20 @@ def differential_attention_entries(model: Mapping, seq: int, count: int) -> list
             )
         entries.append(dataclasses.replace(entry, name=f"differential {entry.name}"))
     return [*entries, vectors("differential vectors and norm", count * (4 * H + 2 * H), 0)]
+
+
+def selective_attention_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
+    """A gate, and attention of the tokens that the budget pays for; "full" has every place kept for them."""
+    tokens, places = layers.budget_tokens(model, seq), layers.budget_places(model, seq)
+    entries = []
+    for paid, kept in zip(
+        attention_entries(model, tokens, count), attention_entries(model, places, count), strict=True
+    ):
+        entry = paid.for_share(tokens / seq)
+        full = kept.mixing_full * places / seq + paid.matmul * (places - tokens) / seq
+        entries.append(dataclasses.replace(entry, name=f"selective {paid.name}", mixing_full=full))
+    gate = count * model["d_model"]
+    return [*entries, Entry("selective gates", gate + count, gate + count, matmul=2 * gate, stopped=2 * gate)]
 
 
 def rglru_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
@@ -282,6 +297,7 @@ MIXERS: dict[str, Callable] = {
     "attention": attention_entries,
     "full_attention": lambda *args: attention_entries(*args, full=True),
     "differential_attention": differential_attention_entries,
+    "selective_attention": selective_attention_entries,
     "rglru": rglru_entries,
     "mamba": functools.partial(selective_entries, rates=True, name="Mamba"),
     "mamba2": mamba2_entries,

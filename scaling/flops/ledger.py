@@ -19,8 +19,8 @@ Conventions, FLOPs per training token:
                    B). Hoffmann et al. 2022, appendix F, also use the square, and add the softmax
                    and the embedding taken as a product. Of a recurrence the products of its chunks
                    as XLA computes them, those that the backward pass computes again included; a
-                   state with a decay for every entry (Mamba) has none. Of experts, every place that
-                   a row keeps for them.
+                   state with a decay for every entry (Mamba) has none. Of experts and of selective
+                   attention, every place that a row keeps for them.
   (both)           A routed layer costs what its share of a row's tokens costs it: attention of the
                    tokens taken over the tokens taken. Training is counted, not evaluation.
   6N_total         6 N, every parameter counted (of experts and routed layers, those that a token
@@ -49,7 +49,7 @@ DEFAULTS = {
     "experts": 8, "active_experts": 2, "shared_experts": 0, "expert_fraction": 1.0, "capacity_factor": 1.5,
     "router": "chosen",
     "memory_keys": 32, "memory_heads": 4, "memory_top": 16,
-    "depth_capacity": 0.125,
+    "depth_capacity": 0.125, "attention_budget": 0.15,
 }  # fmt: skip
 """Of the fields of ``model`` that the ledger reads and that may be left out."""
 
@@ -104,8 +104,8 @@ class Ledger:
             return 6 * nonembedding
         if convention == "kaplan":
             d_attn = self.model["heads"] * self.model["head_dim"]
-            keys = self.seq * _attention_layers(self.model)
-            keys += routed_tokens(self.model, self.seq) ** 2 / self.seq * _attention_layers(self.model, True)
+            taken = routed_tokens(self.model, self.seq)
+            keys = _keys(self.model, self.seq) + taken / self.seq * _keys(self.model, taken, routed=True)
             return 3 * (2 * nonembedding + 2 * keys * d_attn)
         raise ValueError(f"convention is {convention!r}; it must be one of {', '.join(CONVENTIONS)}")
 
@@ -214,6 +214,9 @@ def routed_tokens(model: Mapping, seq: int) -> int:
     return layers.depth_places(model["depth_capacity"], seq)
 
 
-def _attention_layers(model: Mapping, routed: bool = False) -> int:
+def _keys(model: Mapping, seq: int, *, routed: bool = False) -> float:
+    """Keys a token over the square, of all layers with attention."""
     mixers, _ = layers.counts(model, routed=routed)
-    return sum(mixers[m] for m in layers.ATTENTION)
+    chosen = layers.budget_tokens(model, seq)
+    square = {"selective_attention": chosen * chosen / seq}
+    return sum(mixers[m] * square.get(m, seq) for m in layers.ATTENTION)

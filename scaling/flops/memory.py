@@ -92,6 +92,14 @@ def differential_kept(model: Mapping, seq: int, width: int) -> Kept:
     return Kept(one.whole + 40 * q + (10 if width == 4 else 5) * scores, one.products, one.more)
 
 
+def selective_attention_kept(model: Mapping, seq: int, width: int) -> Kept:
+    """Attention over the places of a row, its input and output taken out and put back, the gate's input."""
+    places = layers.budget_places(model, seq)
+    inside, D = attention_kept(model, places, width).for_share(places / seq), model["d_model"]
+    moved = depth_router_kept(model, places / seq, width)
+    return Kept(inside.whole + (8 + width) * D + moved.whole, inside.products + moved.products, inside.more)
+
+
 def selective_kept(model: Mapping, seq: int, width: int) -> Kept:
     """Projections, the convolution, the step in float32, output and gate; the states of chunks."""
     D, R, S = model["d_model"], layers.inner_width(model), model["channel_state"]
@@ -152,6 +160,7 @@ MIXERS = {
     "attention": attention_kept,
     "full_attention": attention_kept,
     "differential_attention": differential_kept,
+    "selective_attention": selective_attention_kept,
     "rglru": rglru_kept,
     "mamba": selective_kept,
     "mamba2": mamba2_kept,

@@ -6,6 +6,7 @@ from flax import nnx
 
 from scaling import layers
 from scaling.models import init
+from scaling.models.gather import take, the_chosen_first
 
 PREDICTOR_LOSS = 0.01
 """Weight of the predictor's loss. It moves the predictor alone, and Adam is blind to its scale; small, so
@@ -48,19 +49,6 @@ class DepthRouter(nnx.Module):
             missed_B = jnp.mean(jax.nn.softplus(logits_BT) - chosen_BT * logits_BT, axis=-1)
             return places_BC, take(weights_BT, places_BC), PREDICTOR_LOSS * missed_B
         chosen_BT = (logits_BT > 0) | (self.share == 1)
-        # after the chosen, where no causal layer looks at them from
-        places_BT = jnp.argsort(~chosen_BT, axis=-1, stable=True)
+        places_BT = the_chosen_first(chosen_BT)
         weights_BT = take(jnp.where(chosen_BT, weights_BT, 0), places_BT)
         return places_BT, weights_BT, jnp.zeros(len(x_BTD), jnp.float32)
-
-
-def take(x, places_BC):
-    """[B, T, ...] to [B, C, ...]."""
-    return jax.vmap(lambda row, at: row[at])(x, places_BC)
-
-
-def put_back(y_BCD, places_BC, weights_BC, seq: int):
-    """weights x y at the places that it came from, zeros elsewhere, [B, seq, D]."""
-    y_BCD = (weights_BC[..., None] * y_BCD.astype(jnp.float32)).astype(y_BCD.dtype)
-    empty_TD = jnp.zeros((seq, y_BCD.shape[-1]), y_BCD.dtype)
-    return jax.vmap(lambda y, at: empty_TD.at[at].set(y, unique_indices=True))(y_BCD, places_BC)

@@ -15,25 +15,28 @@ from scaling import layers, parametrization
 from scaling.config import ConfigError, as_static
 from scaling.models import init
 from scaling.models.attention import Attention, rope_table
-from scaling.models.depth_router import DepthRouter, put_back, take
+from scaling.models.depth_router import DepthRouter
 from scaling.models.differential_attention import DifferentialAttention
 from scaling.models.gated_deltanet import GatedDeltaNet
+from scaling.models.gather import put_back, take
 from scaling.models.longhorn import Longhorn
 from scaling.models.mamba import Mamba
 from scaling.models.mamba2 import Mamba2
 from scaling.models.memory import Memory
 from scaling.models.min_gru import MinGRU
 from scaling.models.mlstm import MLSTM
-from scaling.models.moe import Density, MoE, together
+from scaling.models.moe import Density, MoE, sum_of
 from scaling.models.norm import RMSNorm
 from scaling.models.qlstm import QLSTM
 from scaling.models.rglru import RGLRU
+from scaling.models.selective_attention import SelectiveAttention
 from scaling.models.swiglu import GeGLU, SwiGLU
 
 MIXERS = {
     "attention": lambda cfg, rngs: Attention(cfg, rngs, cfg["local_window"]),
     "full_attention": lambda cfg, rngs: Attention(cfg, rngs, None),
     "differential_attention": lambda cfg, rngs: DifferentialAttention(cfg, rngs, cfg["local_window"]),
+    "selective_attention": lambda cfg, rngs: SelectiveAttention(cfg, rngs, cfg["local_window"]),
     "rglru": RGLRU,
     "mamba": Mamba,
     "mamba2": Mamba2,
@@ -86,7 +89,8 @@ class Block(nnx.Module):
 
         self.mixer_norm, self.mixer = norm(), MIXERS[kind.mixer](cfg, rngs)
         self.feeds, self.post_norm = kind.ffn != "none", cfg["post_norm"]
-        self.by_depth, self.routes = kind.mixer in layers.BY_DEPTH, kind.ffn == "moe"
+        self.by_depth, self.chooses = kind.mixer in layers.BY_DEPTH, kind.mixer in layers.CHOOSING
+        self.routes = kind.ffn == "moe"
         if self.feeds:
             self.ffn_norm, self.ffn = norm(), FEED_FORWARDS[kind.ffn](cfg, rngs)
         if self.post_norm:
@@ -107,32 +111,33 @@ class Block(nnx.Module):
         """The stream after the layer, what mixer and feed-forward (or None) added to it, [B, T, D], and what
         is added to the loss; ``depth`` is the layer's number, from 0."""
         if not self.routed:
-            return self.of_tokens(x_BTD, rope, segment_ids_BT, depth)
+            return self.of_tokens(x_BTD, rope, segment_ids_BT, depth, training)
         places_BC, weights_BC, extra_B = self.depth_router(x_BTD, training)
         some = jax.tree.map(lambda a: take(a, places_BC), (x_BTD, rope, segment_ids_BT))
-        _, *branches, added_B = self.of_tokens(*some, depth)
+        _, *branches, added_B = self.of_tokens(*some, depth, training)
         mixed_BTD, fed_BTD = (
             None if b is None else put_back(b, places_BC, weights_BC, x_BTD.shape[1]) for b in branches
         )
         after_BTD = x_BTD + mixed_BTD if fed_BTD is None else x_BTD + (mixed_BTD + fed_BTD)
-        return after_BTD, mixed_BTD, fed_BTD, together(extra_B, added_B)
+        return after_BTD, mixed_BTD, fed_BTD, sum_of(extra_B, added_B)
 
-    def of_tokens(self, x_BTD, rope, segment_ids_BT, depth):
+    def of_tokens(self, x_BTD, rope, segment_ids_BT, depth, training):
         """``with_branches`` of a layer that takes all the tokens it is given."""
-        known = (rope, segment_ids_BT, depth) if self.by_depth else (rope, segment_ids_BT)
-        mixed_BTD = self.mixer(self.mixer_norm(x_BTD), *known)
+        known = (depth,) * self.by_depth + (training,) * self.chooses
+        mixed = self.mixer(self.mixer_norm(x_BTD), rope, segment_ids_BT, *known)
+        mixed_BTD, extra_B = mixed if self.chooses else (mixed, None)
         if self.post_norm:
             mixed_BTD = self.mixer_post_norm(mixed_BTD)
         mixed_BTD = times(self.multiplier, mixed_BTD)
         x_BTD = x_BTD + mixed_BTD
         if not self.feeds:
-            return x_BTD, mixed_BTD, None, None
+            return x_BTD, mixed_BTD, None, extra_B
         fed = self.ffn(self.ffn_norm(x_BTD))
-        fed_BTD, extra_B = fed if self.routes else (fed, None)
+        fed_BTD, fed_B = fed if self.routes else (fed, None)
         if self.post_norm:
             fed_BTD = self.ffn_post_norm(fed_BTD)
         fed_BTD = times(self.multiplier, fed_BTD)
-        return x_BTD + fed_BTD, mixed_BTD, fed_BTD, extra_B
+        return x_BTD + fed_BTD, mixed_BTD, fed_BTD, sum_of(extra_B, fed_B)
 
 
 class Stack(nnx.Module):
@@ -193,7 +198,7 @@ class LM(nnx.Module):
         turning = round(cfg["head_dim"] * cfg["rope_fraction"])
         self.turning = turning if layers.has(cfg, *layers.ATTENTION) else 0  # channels of a head
         self.rope_theta = cfg["rope_theta"]
-        self.routes = layers.has(cfg, "moe", layers.ROUTED)
+        self.routes = layers.has(cfg, "moe", layers.ROUTED, *layers.CHOOSING)
         self.mixtures = sum(layer.ffn == "moe" for layer in layers.layers(cfg))
         self.relu_routed = self.mixtures > 0 and cfg["router"] == "relu"
         self.soft_cap = cfg["logits_soft_cap"]

@@ -19,11 +19,14 @@ class Density(NamedTuple):
     other: jax.Array  # float32 [B]: what routers of another kind add to the loss
 
 
-def together(extra_B, added):
-    """A router's addition to the loss, float32 [B], and another's: float32 [B], a ``Density``, or None."""
-    if isinstance(added, Density):
-        return added._replace(other=added.other + extra_B)
-    return extra_B if added is None else extra_B + added
+def sum_of(*added):
+    """What several routers add to the loss, each float32 [B], a ``Density`` or None, as one of these."""
+    there = [x for x in added if x is not None]
+    plain = [x for x in there if not isinstance(x, Density)]
+    for x in there:
+        if isinstance(x, Density):  # one a layer
+            return x._replace(other=sum(plain, x.other))
+    return sum(plain) if plain else None
 
 
 class MoE(nnx.Module):

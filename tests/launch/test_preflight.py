@@ -289,6 +289,10 @@ FAMILIES = {
         {"attention_forward"},
     ),
     "hybrid": ({"pattern": ["attention+memory", "min_gru"]}, {"attention_forward", "linear_scan"}),
+    "selective": (
+        {"family": "hybrid", "pattern": ["mamba2", "selective_attention"], "local_window": 64},
+        {"attention_forward"} | SSD | CONVOLUTION,
+    ),
 }
 
 
@@ -303,7 +307,7 @@ def test_every_family_compiles_for_v5e_with_its_kernels(corpus, family, mesh):
     """On one chip and on a mesh that splits rows and heads; kernels take their own part alone."""
     changes, kernels = FAMILIES[family]
     model = dict(d_model=256, layers=6, heads=2, kv_heads=2, head_dim=128, ffn_dim=512, vocab=512)
-    model |= {"dtype": "bfloat16", "family": family, **changes}
+    model |= {"dtype": "bfloat16", "family": family} | changes
     program = of(tiny_cell(corpus, model=model, data={"seq": 512}, train={"batch": 8}))
     target = slice_of("v5e", (2, 2) if mesh.devices == 4 else (1, 1))
     found = compile_step(program, target, Choice(mesh, "none", 8 // mesh.fsdp, 1), Cache(None))

@@ -194,6 +194,10 @@ FAMILIES = {
     "hybrid, memory": {"pattern": ["attention+memory", "min_gru"], "memory_keys": 12, "memory_top": 5},
     "hybrid": {"pattern": ["mamba2", "full_attention", "mlstm+geglu"], "post_norm": True, "state_dim": 16},
     "mixture_of_depths": {"depth_capacity": 0.3},
+    "hybrid, selective": {
+        "pattern": ["selective_attention", "routed:selective_attention"],
+        **{"attention_budget": 0.2, "depth_capacity": 0.5, "local_window": 20},
+    },
     "hybrid, routed": {
         "pattern": ["attention", "routed:gated_deltanet+moe", "routed:attention+none"],
         **{"layers": 3, "depth_capacity": 0.7, "experts": 4, "local_window": 20},
@@ -334,7 +338,6 @@ def test_every_kind_of_layer_has_an_entry():
 
 
 MEMORY_CASES = {
-    "mixture_of_depths": ({"family": "mixture_of_depths", "layers": 4, "depth_capacity": 0.5}, 4, 256),
     "small": ({}, 8, 128),
     "deep": ({"layers": 6, "d_model": 128, "head_dim": 32, "ffn_dim": 336}, 4, 128),
     "long": ({"heads": 2, "kv_heads": 2, "head_dim": 32}, 2, 512),
@@ -351,6 +354,8 @@ MEMORY_CASES = {
     "min_gru": ({"family": "min_gru", "layers": 4}, 4, 256),
     "qlstm": ({"family": "qlstm", "layers": 4, "dtype": "bfloat16"}, 4, 256),
     "memory": ({"family": "hybrid", "pattern": ["attention+memory"], "layers": 4}, 4, 256),
+    "mixture_of_depths": ({"family": "mixture_of_depths", "layers": 4, "depth_capacity": 0.5}, 4, 256),
+    "selective": ({"family": "hybrid", "pattern": ["selective_attention"], "layers": 4}, 4, 256),
     "moe": (
         {"family": "moe", "layers": 4, "experts": 4, "shared_experts": 1, "expert_fraction": 0.5},
         4,

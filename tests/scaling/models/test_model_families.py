@@ -61,6 +61,11 @@ CASES["routed recurrence"] = {
     "pattern": ["attention", "routed:mamba2+moe", "routed:differential_attention"],
     **{"depth_capacity": 0.6, "state_dim": 12, "experts": 3, "post_norm": True},
 }
+CASES["selective"] = {
+    "family": "hybrid",
+    "pattern": ["mamba2", "selective_attention"],
+    **{"state_dim": 12, "attention_budget": 0.4, "local_window": 6, "layers": 2},
+}
 B, T = 2, 40
 
 
@@ -352,7 +357,7 @@ def test_every_parameter_has_a_rule(name):
         ("gated_deltanet", ("mup",)),
         ("xlstm", ("mup",)),
         *((name, ("mup",)) for name in ("differential", "mamba", "longhorn", "min_gru", "qlstm")),
-        *((name, ("mup",)) for name in ("moe", "mixture_of_depths")),
+        *((name, ("mup",)) for name in ("moe", "mixture_of_depths", "selective")),
     ],
 )
 def test_coordinates_keep_their_size_in_width_under_mup(name, rules):
