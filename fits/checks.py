@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fits.laws import Law
+from fits.laws import COLUMN_OF, Law
 from fits.reading import numbers
 from fits.solve import PointFit
 from fits.table import BUDGET_WIDTH, Table, group_close
@@ -55,7 +55,8 @@ def structure(law: Law, table: Table, fixed: Mapping[str, float]) -> list[str]:
         column = np.exp(x[variable])
         width = BUDGET_WIDTH if variable == "C" else 0.01
         if np.ptp(x[variable]) <= np.log1p(width):
-            reasons.append(f"{words[variable]} (from {column.min():.4g} to {column.max():.4g})")
+            same = words.get(variable, f"all runs have the same {COLUMN_OF[variable]}")
+            reasons.append(f"{same} (from {column.min():.4g} to {column.max():.4g})")
     if not reasons and needed and {"N", "D"} <= set(law.variables):
         reasons += _on_a_line(x["N"], x["D"])
     points = len({tuple(float(x[v][i]) for v in law.variables) for i in range(len(table))})

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from fits.errors import FitError
+from fits.laws.base import COLUMN_OF
 from fits.reading import counts, likely_columns, say_mapping
 from fits.reading import numbers as as_numbers
 
 CORE = ("params", "tokens", "flops", "loss")
-MORE = {"U": "unique_tokens", "S": "steps", "B": "batch_tokens"}  # read only for a law that needs them
-IN_TOKENS = ("tokens", "unique_tokens", "batch_tokens")
+MORE = {v: c for v, c in COLUMN_OF.items() if c not in CORE}  # read only for a law that needs them
+IN_TOKENS = ("tokens", "unique_tokens", "batch_tokens", "dense_tokens")
+IN_PARAMS = ("params", "average_params")
 # Nobody trains a language model on a thousandth of a token a parameter, nor on a million times more
 # tokens than parameters; a table that says so has its columns in other units.
 TOKENS_PER_PARAM = (1e-3, 1e6)
@@ -64,7 +66,7 @@ class Table:
         return len(self.loss)
 
     def log_x(self) -> dict[str, np.ndarray]:
-        """Natural logs of N, D and C, and of U, S and B where they were asked for."""
+        """Natural logs of N, D and C, and of the further variables that were asked for."""
         core = {"N": np.log(self.params), "D": np.log(self.tokens), "C": np.log(self.flops)}
         return core | {v: np.log(self.more[c]) for v, c in MORE.items() if c in self.more}
 
@@ -115,7 +117,7 @@ def clean(
     n = len(next(iter(source.values())))
     wanted = [*CORE, *(c for c in MORE.values() if c in needs)]
     raw = {ours: source[columns.get(ours, ours)] for ours in wanted if columns.get(ours, ours) in source}
-    units = {c: token_unit for c in IN_TOKENS} | {"params": param_unit}
+    units = dict.fromkeys(IN_TOKENS, token_unit) | dict.fromkeys(IN_PARAMS, param_unit)
     for name, unit in units.items():
         if not (isinstance(unit, int | float) and math.isfinite(unit) and unit > 0):
             raise FitError(

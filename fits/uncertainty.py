@@ -269,7 +269,7 @@ def summarise_fit(
     out = {}
     for name, value in params.items():
         got = interval(draws.get(name, np.empty(0)), value)
-        log = _acts_by_its_log(law, name)
+        log = acts_by_its_log(law, name)
         out[name] = with_few_clusters(got, few, lambda p, n=name: p[n], log, bounds.get(name))
     exponent_draws = law.compute_exponents(draws)
     for name, value in law.compute_exponents(params).items():
@@ -278,7 +278,7 @@ def summarise_fit(
     return out
 
 
-def _acts_by_its_log(law: Law, name: str) -> bool:
+def acts_by_its_log(law: Law, name: str) -> bool:
     """Whether a parameter's log, rather than itself, is about linear in the rows."""
     if isinstance(law, PowerSum):
         return any(t.coefficient == name and t.powers for t in law.terms)

@@ -73,6 +73,7 @@ def cli() -> None:
       scaling compare A B                        effective speed-up, and where the frontiers cross
       scaling next studies/quickstart --budget 1e13    which run teaches most per FLOP
       scaling select studies/quickstart          which law forecasts best
+      scaling ask chinchilla serve params=13e9 inference_tokens=2e12    what else a law can answer
       scaling families experiments/families.py   which architecture, at equal tuning
 
     \b
@@ -312,6 +313,26 @@ def allocate(fit, within, out, as_json, **options):
 
     allocation = fitting.allocate(fit, within, out, options)
     emit(as_json, allocation.to_dict(), lambda: console.print(allocation))
+
+
+@cli.command()
+@click.argument("subject")
+@click.argument("question", required=False)
+@click.argument("given", nargs=-1, metavar="[NAME=VALUE]...")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the answer as JSON here.")
+@json_option
+def ask(subject, question, given, out, as_json):
+    """Ask a law its own QUESTION: what repeated tokens are worth, which granularity, how many samples.
+
+    SUBJECT is a fit file or a fitted study folder, for an answer with intervals, or the name of a law, for
+    its published constants. Without QUESTION: what may be asked. A list is written NAME=1,2,3.
+    """
+    from launch import fitting
+
+    answer = fitting.ask(subject, question, given, out)
+    if question is None:
+        return emit(as_json, {"questions": answer}, lambda: click.echo(answer))
+    emit(as_json, answer.to_dict(), lambda: console.print(answer, soft_wrap=True))
 
 
 @cli.command()

@@ -211,6 +211,25 @@ def allocate(path: Path, within: float, out: Path | None, options: dict) -> fits
     return answer
 
 
+def ask(subject: str, question: str | None, given, out: Path | None):
+    """A question to a fit, or to the published constants of a law; without one, what may be asked."""
+    path = Path(subject)
+    named = not path.exists() and path.suffix != ".json"
+    asked = fits.get_law(subject) if named else fits.read_fit(find_fit(path))
+    if question is None:
+        return fits.describe(asked if named else asked.law)
+    values = {k: _numbers(k, v) for k, v in parse_pairs("NAME=VALUE", given).items()}
+    answer = fits.ask(asked, question, **values)
+    if out is not None:
+        write_json(out, {**answer.to_dict(), "command": command_line()})
+    return answer
+
+
+def _numbers(name: str, text: str) -> float | list[float]:
+    parts = [to_number("NAME=VALUE", name, part) for part in text.split(",")]
+    return parts if "," in text else parts[0]
+
+
 LIMITS = (
     "unique_tokens", "max_epochs", "max_params", "min_params", "max_tokens", "tokens_per_param",
     "inference_tokens", "max_latency", "inference_chip", "inference_devices", "policy", "target_loss",

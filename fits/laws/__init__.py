@@ -1,9 +1,9 @@
 """The library of laws: one small class each, with its formula, its source and its units.
 
-Variables are N (parameters), D (training tokens), C (training FLOPs), U (unique tokens), S (steps)
-and B (tokens a batch); L is the loss in the table's own unit (nats a token where the table says
-nothing else). To add a law, write one class and put it in ``LAWS``; a law of your own needs no more
-than ``register_law`` or ``"file.py:ClassName"`` for a name.
+Variables are N (parameters), D (training tokens), C (training FLOPs), U (unique tokens), S (steps),
+B (tokens a batch), and those that single laws add (``COLUMN_OF`` names their columns); L is the loss in the
+table's own unit (nats a token where the table says nothing else). To add a law, write one class and put it in
+``LAWS``; a law of your own needs no more than ``register_law`` or ``"file.py:ClassName"`` for a name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import runpy
 from pathlib import Path
 
 from fits.errors import FitError
-from fits.laws.base import COLUMN_OF, EXPONENT_BOUNDS, Law, PowerSum, Term
+from fits.laws.base import COLUMN_OF, EXPONENT_BOUNDS, Law, PowerSum, Question, Term
 from fits.laws.basic import Chinchilla, Kaplan, PowerC, PowerD, PowerN, Product, Tied
 from fits.laws.batch import StepsBatch
 from fits.laws.broken import BrokenC, BrokenD
@@ -98,6 +98,7 @@ __all__ = [
     "LAWS",
     "Law",
     "PowerSum",
+    "Question",
     "Term",
     "get_law",
     "law_names",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,25 @@ COLUMN_OF = {
     "N": "params", "D": "tokens", "C": "flops", "U": "unique_tokens", "S": "steps", "B": "batch_tokens",
 }  # fmt: skip
 EXPONENT_BOUNDS = (1e-3, 10.0)  # beyond either end a power of N or D is a constant or a step
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What a law can be asked beyond its loss; ``fits.ask`` answers it with intervals.
+
+    Attributes:
+      asks: the question in words.
+      answer: (law, parameters as arrays [B], {name given: number or list}) -> {quantity: values [B]}.
+      needs: what must be given: name -> what it is, with its unit.
+      takes: what may be given: name -> (default, what it is).
+      gives: quantity -> what it is, with its unit, in the order of print.
+    """
+
+    asks: str
+    answer: Callable[..., Mapping[str, Any]]
+    needs: Mapping[str, str]
+    gives: Mapping[str, str]
+    takes: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
 
 
 class Law:
@@ -29,6 +48,8 @@ class Law:
     parameters: tuple[str, ...] = ()
     bounds: Mapping[str, tuple[float, float]] = {}
     offset: str | None = "E"  # the parameter that the loss approaches when every variable grows
+    questions: Mapping[str, Question] = {}
+    PUBLISHED: Mapping[str, float] | None = None  # the source's own constants, where they are known
 
     def predict(self, params: Mapping[str, Any], x: Mapping[str, Any], xp=np):
         """The loss; ``params`` and ``x`` hold what broadcasts, ``xp`` is numpy or jax.numpy."""
@@ -59,6 +80,27 @@ class Law:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.formula})"
+
+
+class Centred(Law):
+    """A law whose coefficients are told apart from its exponents by reading each term at the mean row.
+
+    ``shifts`` gives, for a coefficient, what is added to the log of its term at the mean row to get the log
+    of the coefficient; it may use every parameter that has no shift itself.
+    """
+
+    def shifts(self, params: Mapping[str, Any], centre: Mapping[str, float], xp=np) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def to_solver(self, params, centre, xp=np):
+        shift = self.shifts(params, centre, xp)
+        plain = Law.to_solver(self, params, centre, xp)
+        return [v - shift.get(k, 0.0) for k, v in zip(self.parameters, plain, strict=True)]
+
+    def from_solver(self, p, centre, xp=np):
+        plain = Law.from_solver(self, p, centre, xp)
+        shift = self.shifts(plain, centre, xp)
+        return {k: v * xp.exp(shift[k]) if k in shift else v for k, v in plain.items()}
 
 
 @dataclasses.dataclass(frozen=True)

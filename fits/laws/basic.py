@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from fits.laws.base import EXPONENT_BOUNDS, Law, PowerSum, Term, balance
+from fits.laws.serving import SERVE
 
 
 class Chinchilla(PowerSum):
@@ -17,6 +18,9 @@ class Chinchilla(PowerSum):
     formula = "L = E + A / N^alpha + B / D^beta"
     source = "Hoffmann et al. 2022, eq. 2 (arXiv:2203.15556)"
     terms = (Term("E"), Term("A", {"N": "alpha"}), Term("B", {"D": "beta"}))
+    questions: ClassVar = {"serve": SERVE}
+    # the exponents with the third figure that the paper's text rounds away
+    PUBLISHED: ClassVar = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.336, "beta": 0.283}
 
     def compute_exponents(self, params):
         total = params["alpha"] + params["beta"]
@@ -34,6 +38,7 @@ class Tied(PowerSum):
     formula = "L = E + A / N^alpha + B / D^alpha"
     source = "Muennighoff et al. 2023 (arXiv:2305.16264), who set alpha = beta"
     terms = (Term("E"), Term("A", {"N": "alpha"}), Term("B", {"D": "alpha"}))
+    questions: ClassVar = {"serve": SERVE}
 
     def compute_exponents(self, params):
         half = np.full(np.shape(params["alpha"]), 0.5)[()]

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from fits.laws.base import EXPONENT_BOUNDS, Law, balance, linear_starts
+from fits.laws.serving import SERVE
 
 
 class Overtraining(Law):
@@ -22,6 +23,7 @@ class Overtraining(Law):
     source = "Gadre et al. 2024, eq. 4 (arXiv:2403.08540)"
     parameters = ("E", "a", "b", "eta")
     bounds: ClassVar = dict.fromkeys(("E", "a", "b"), (0.0, math.inf)) | {"eta": EXPONENT_BOUNDS}
+    questions: ClassVar = {"serve": SERVE}
 
     def predict(self, params, x, xp=np):
         log_m, log_c = xp.log(x["D"]) - xp.log(x["N"]), math.log(6) + xp.log(x["N"]) + xp.log(x["D"])

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from fits.laws.base import EXPONENT_BOUNDS, Law, linear_starts
+from fits.errors import FitError
+from fits.laws.base import EXPONENT_BOUNDS, Law, Question, linear_starts
 
 
 def effective(unique, total, decay, xp=np):
@@ -18,6 +19,46 @@ def effective(unique, total, decay, xp=np):
     """
     repeats = xp.maximum(total / unique - 1.0, 0.0)
     return xp.minimum(total, unique) * (1.0 + decay * (1.0 - xp.exp(-repeats / decay)))
+
+
+def _worth(law, params, given):
+    tokens, unique_tokens = given["tokens"], given["unique_tokens"]
+    x = {"N": given["params"], "D": tokens, "U": unique_tokens}
+    N, D = law.effective_sizes(params, x)
+    return {
+        "effective_tokens": D, "effective_epochs": D / unique_tokens, "share": D / tokens,
+        "effective_params": N, "loss": law.predict(params, x),
+    }  # fmt: skip
+
+
+def _passes(law, params, given):
+    """dD'/dD = exp(-(D/U - 1) / R_D)."""
+    worth = given["worth"]
+    if worth >= 1:
+        raise FitError(f"worth is {worth:g}; it must be a share of a new token's worth, below 1")
+    passes = 1.0 - params["R_D"] * math.log(worth)
+    return {"passes": passes, "effective_epochs": effective(1.0, passes, params["R_D"])}
+
+
+REPETITION_QUESTIONS = {
+    "worth": Question(
+        "what are these passes worth, in tokens that were all new?",
+        _worth,
+        needs={"params": "parameters", "tokens": "training tokens", "unique_tokens": "tokens before repeats"},
+        gives={
+            "effective_tokens": "tokens that, all new, are worth as much",
+            "effective_epochs": "the same over unique_tokens", "share": "of what new tokens would be worth",
+            "effective_params": "parameters", "loss": "the law's",
+        },
+    ),
+    "passes": Question(
+        "after how many passes is one more token worth only a share of a new one?",
+        _passes,
+        needs={},
+        takes={"worth": (0.5, "that share")},
+        gives={"passes": "over the data", "effective_epochs": "what they are worth, in new epochs"},
+    ),
+}  # fmt: skip
 
 
 class DataConstrained(Law):
@@ -38,6 +79,7 @@ class DataConstrained(Law):
         | dict.fromkeys(("alpha", "beta"), EXPONENT_BOUNDS)
         | dict.fromkeys(("R_N", "R_D"), (0.0, math.inf))
     )
+    questions = REPETITION_QUESTIONS
 
     def exponents(self, params):
         return params["alpha"], params["beta"]

@@ -1,0 +1,76 @@
+"""The pictures of the pages beside this script, one function each.
+
+python docs/laws/pictures.py [NAME ...]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import fits
+from fits.laws import get_law
+from fits.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, label_log_axis, panels, png, short, styled
+
+SIZE = (5.6, 3.4)
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
+
+
+@styled
+def data_constrained():
+    """Loss against tokens, with new tokens and with one pool of them repeated."""
+    figure, [ax] = panels(None, 1, SIZE)
+    law, p, pool = get_law("data_constrained_tied"), get_law("data_constrained_tied").PUBLISHED, 1e10
+    D = np.geomspace(2e9, 1e12, 200)
+    for unique, name, colour in ((np.inf, "new tokens", GREY), (pool, "10B tokens, repeated", BLUE)):
+        ax.plot(
+            D, law.predict(p, {"N": 2e9, "D": D, "U": np.minimum(unique, 1e13)}), color=colour, label=name
+        )
+    for passes in (1, 4, 16, 40):
+        x = passes * pool
+        y = float(law.predict(p, {"N": 2e9, "D": x, "U": pool}))
+        ax.plot(x, y, "o", color=BLUE, ms=4)
+        ax.annotate(
+            f"{passes} pass" + "es" * (passes > 1), (x, y), (4, 6), textcoords="offset points", fontsize=8
+        )
+    ax.set(
+        xscale="log", xlabel="training tokens D", ylabel="loss", title="2B parameters, published constants"
+    )
+    label_log_axis(ax.xaxis, short)
+    ax.legend()
+    return figure
+
+
+@styled
+def serving():
+    """Size and cost of the cheapest model as good as a compute-optimal 13B, against the tokens served."""
+    figure, axes = panels(None, 2, (7.6, 3.2))
+    served = np.geomspace(1e10, 1e14, 13)
+    for size, colour in ((1e9, GREEN), (13e9, BLUE), (70e9, ORANGE)):
+        got = [fits.ask("chinchilla", "serve", params=size, inference_tokens=t) for t in served]
+        name = f"as good as a {short(size)}"
+        axes[0].plot(served, [a["params"] for a in got], color=colour, label=name)
+        axes[1].plot(served, [100 * a["saved_share"] for a in got], color=colour, label=name)
+    for ax, what in zip(axes, ("parameters to train", "saved, % of training and serving"), strict=True):
+        ax.set(xscale="log", xlabel="tokens served", ylabel=what)
+        label_log_axis(ax.xaxis, short)
+    axes[0].set_yscale("log")
+    label_log_axis(axes[0].yaxis, short)
+    axes[1].legend()
+    return figure
+
+
+PICTURES = {f.__name__: f for f in (data_constrained, serving)}
+
+
+def main() -> None:
+    for name in sys.argv[1:] or PICTURES:
+        path = Path(__file__).with_name(f"{name}.png")
+        path.write_bytes(png(PICTURES[name](), dpi=100))
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

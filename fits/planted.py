@@ -1,0 +1,105 @@
+"""Planted studies: for each law parameters and a grid that shows them, for tests and benchmarks."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from fits.errors import FitError
+from fits.few_clusters import FewClusters
+from fits.laws import COLUMN_OF, get_law
+from fits.solve import solve
+from fits.uncertainty import acts_by_its_log
+
+NOISE = 2e-3  # standard deviation of the log of the fitted column, row by row
+
+
+def _grid(**axes) -> dict[str, np.ndarray]:
+    points = np.array(list(itertools.product(*axes.values())), float)
+    return dict(zip(axes, points.T, strict=True))
+
+
+def _over(low: float, high: float, count: int) -> np.ndarray:
+    return np.geomspace(low, high, count)
+
+
+def _with_ratio(x):
+    """N and D from N and M = D / N."""
+    return {"N": x["N"], "D": x["N"] * x["M"]}
+
+
+# law: (parameters, grid, noise); the constants are near the papers' own where these are known
+STUDIES: dict[str, tuple] = {
+    "chinchilla": (
+        {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28},
+        lambda: _grid(N=_over(5e7, 1e10, 7), D=_over(1e9, 1e12, 6)), NOISE,
+    ),
+    "overtraining": (
+        {"E": 1.84, "a": 212.0, "b": 367.0, "eta": 0.136},
+        lambda: _with_ratio(_grid(N=_over(1e7, 1e10, 6), M=_over(5, 640, 7))), NOISE,
+    ),
+    "data_constrained_tied": (
+        {"E": 1.87, "A": 521.0, "B": 1488.0, "alpha": 0.3527, "R_N": 5.31, "R_D": 15.39},
+        lambda: _grid(N=_over(5e7, 3e10, 6), D=_over(1e9, 1e12, 7), U=(1e9, 1e10, 1e11)), NOISE,
+    ),
+}  # fmt: skip
+
+
+def planted(name: str) -> tuple[Any, dict[str, float], dict[str, np.ndarray], np.ndarray, float]:
+    """The law, its planted parameters, the variables [R], the exact losses [R] and the noise of their logs.
+
+    Raises:
+      FitError: no study is planted for that law.
+    """
+    if name not in STUDIES:
+        raise FitError(f"law is {name!r}; studies are planted for {', '.join(STUDIES)}")
+    params, grid, noise = STUDIES[name]
+    law, x = get_law(name), {k: np.asarray(v, float) for k, v in grid().items()}
+    return law, dict(params), x, np.asarray(law.predict(params, x), float), noise
+
+
+def planted_table(name: str, seed: int = 0, noise: float | None = None) -> dict[str, np.ndarray]:
+    """A run table of a planted study, under the columns' own names, with log-normal noise row by row."""
+    _, _, x, loss, own = planted(name)
+    error = (own if noise is None else noise) * np.random.default_rng(seed).standard_normal(len(loss))
+    return {COLUMN_OF[v]: values for v, values in x.items()} | {"loss": loss * np.exp(error)}
+
+
+def recover(name: str, studies: int = 200, seed: int = 0) -> dict[str, Any]:
+    """Fits simulated studies of a law by least squares, and counts how often its intervals hold the truth.
+
+    Parameters whose log is about linear in the rows are judged by it, as a ``Fit`` prints them.
+
+    Returns:
+      law, rows, noise, studies (that converged), failed, and for each parameter: within, the share of
+      estimates within two of their own standard errors of the truth; covered, the share of 95 % intervals
+      that hold it; bias, the mean error over the standard deviation of the estimates.
+    """
+    law, truth, x, loss, noise = planted(name)
+    log_x = {v: np.log(values) for v, values in x.items()}
+    rng = np.random.default_rng(seed)
+    seen: dict[str, list] = {k: [] for k in law.parameters}
+    failed = 0
+    for _ in range(studies):
+        y = loss * np.exp(noise * rng.standard_normal(len(loss)))
+        problem, point = solve(law, log_x, y, loss="least_squares", starts=4)
+        if point.status != "converged":
+            failed += 1
+            continue
+        few = FewClusters(problem, point.p_K, np.arange(len(loss)))
+        for k in law.parameters:
+            scale = np.log if acts_by_its_log(law, k) else np.asarray
+            got = few.interval(lambda p, k=k, scale=scale: scale(p[k]))
+            error = got["estimate"] - float(scale(truth[k]))
+            low, high = (end - got["estimate"] for end in got["95"])
+            seen[k].append((error, abs(error) <= 2 * got["sd"], low <= -error <= high))
+    return {
+        "law": name, "rows": len(loss), "noise": noise, "studies": studies - failed, "failed": failed,
+        "parameters": {
+            k: {"within": float(np.mean([v[1] for v in got])), "covered": float(np.mean([v[2] for v in got])),
+                "bias": float(np.mean([v[0] for v in got]) / np.std([v[0] for v in got]))}
+            for k, got in seen.items()
+        },
+    }  # fmt: skip
