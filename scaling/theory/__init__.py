@@ -1,0 +1,1 @@
+"""Learning problems whose scaling laws are known exactly: what the whole path is checked against."""

@@ -1,0 +1,99 @@
+"""One-pass SGD on power-law random features, batched over problems and draws."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scaling.theory.plrf import Problem
+
+CHUNK = 256
+"""Steps whose samples are drawn and turned into features together: one matrix product for all of them."""
+
+
+def features(problem: Problem, seed: int) -> np.ndarray:
+    """W, float64 [v, d], entries N(0, 1/d)."""
+    v, d = problem.v, int(problem.d)
+    return np.random.default_rng([seed, v, d]).standard_normal((v, d)) / np.sqrt(d)
+
+
+def sgd_losses(
+    problems: Sequence[Problem],
+    steps: Sequence[int],
+    draws: int,
+    seed: int = 0,
+    same_features: bool = False,
+    on_step=None,
+) -> np.ndarray:
+    """The population loss of SGD from theta = 0 after each number of steps, in float32.
+
+    Problems of several sizes are padded with zeros to the largest and run as one program; a padded feature is
+    zero, so that its parameter stays zero.
+
+    Args:
+      problems: of one batch. steps: increasing. draws: independent runs of each problem, features and data.
+      seed: of both. same_features: whether the draws of a problem share their features, those of ``features(
+      problem, seed)``. on_step: called with the steps done after each chunk; true: stop.
+
+    Returns:
+      float64 [problem, draw, step]; None where ``on_step`` asked to stop.
+
+    Raises:
+      ValueError: batches that differ, or steps that do not increase.
+    """
+    if len({p.batch for p in problems}) > 1:
+        raise ValueError(f"problems have batches {sorted({p.batch for p in problems})}; one program has one")
+    if not len(steps) or list(steps) != sorted(set(steps)) or steps[0] < 1:
+        raise ValueError(f"steps is {list(steps)!r}; it must increase from 1 or more")
+    v, d = max(p.v for p in problems), max(int(p.d) for p in problems)
+    lanes = len(problems) * draws
+    A = np.zeros((lanes, v, d), np.float32)
+    y, gamma = np.zeros((lanes, v), np.float32), np.zeros(lanes, np.float32)
+    for lane in range(lanes):
+        p, draw = problems[lane // draws], lane % draws
+        j = np.arange(1.0, p.v + 1)
+        W = features(p, seed if same_features else seed + 7919 * (1 + draw))
+        A[lane, : p.v, : W.shape[1]] = j[:, None] ** -p.alpha * W
+        y[lane, : p.v] = j ** (-p.alpha - p.beta)
+        gamma[lane] = 2 * p.rate / ((p.batch + 1) * (j ** (-2 * p.alpha)).sum())
+    A, y, gamma = map(jnp.asarray, (A, y, gamma))
+    theta = jnp.zeros((lanes, d), jnp.float32)
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(lanes))
+    out, done = [], 0
+    for target in steps:
+        while done < target:
+            count = min(CHUNK, target - done)
+            theta = _advance(theta, keys, done, A, y, gamma, count, problems[0].batch)
+            done += count
+            if on_step is not None and on_step(done):
+                return None
+        out.append(np.asarray(_loss(theta, A, y), np.float64))
+    return np.stack(out, -1).reshape(len(problems), draws, len(steps))
+
+
+@functools.partial(jax.jit, static_argnames="batch")
+def _advance(theta_LxD, keys_L, done, A_LxVxD, y_LxV, gamma_L, count, batch: int):
+    """``count`` steps of every lane, at most ``CHUNK``; ``done`` before them chooses the samples."""
+
+    def lane(theta_D, key, A_VxD, y_V, gamma):
+        z_TxBxV = jax.random.normal(jax.random.fold_in(key, done), (CHUNK, batch, y_V.size))
+        samples = z_TxBxV @ A_VxD, z_TxBxV @ y_V, jnp.arange(CHUNK) < count
+
+        def step(theta_D, sample):
+            a_BxD, target_B, taken = sample
+            error_B = a_BxD @ theta_D - target_B
+            return theta_D - taken * gamma * (error_B @ a_BxD), None
+
+        return jax.lax.scan(step, theta_D, samples)[0]
+
+    return jax.vmap(lane)(theta_LxD, keys_L, A_LxVxD, y_LxV, gamma_L)
+
+
+@jax.jit
+def _loss(theta_LxD, A_LxVxD, y_LxV):
+    """E (<theta, W^T x> - <b, x>)^2 of every lane, over fresh x."""
+    return ((jnp.einsum("lvd,ld->lv", A_LxVxD, theta_LxD) - y_LxV) ** 2).sum(-1)
