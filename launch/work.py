@@ -200,10 +200,14 @@ def follow(study: Path, entries: dict[str, dict], execution) -> None:
 
 
 def with_their_trunks(entries: list[dict], only: list[str] | None) -> list[dict]:
-    """The entries named in ``only`` (all where None) and the trunks that they leave."""
+    """The entries named in ``only`` (all where None), the trunks that they leave, and the trunks of these."""
     if only is None:
         return entries
-    needed = {*only, *(e["trunk"] for e in entries if e["id"] in only and e.get("trunk"))}
+    needed, trunk_of = set(), {e["id"]: e.get("trunk") for e in entries}
+    for name in only:
+        while name is not None and name not in needed:
+            needed.add(name)
+            name = trunk_of.get(name)
     return [e for e in entries if e["id"] in needed]
 
 

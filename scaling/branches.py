@@ -10,6 +10,10 @@ place of the sum of all D.
 
 All cells of a trunk share one batch and one set of hyper-parameters, those of the recipe at
 ``grid.trunk_tokens`` (by default the geometric mean of the trunk's D).
+
+A study that grows (``scaling search``) does not know how long its trunks will become: there a trunk is a
+chain of segments, each a trunk that goes on from the end of a shorter one. Each is still the very cell of its
+config.
 """
 
 from __future__ import annotations
@@ -92,8 +96,41 @@ def with_trunks(entries: Sequence[dict], make_entry) -> list[dict]:
     return out
 
 
+def chained(cells: Sequence[Mapping], make_entry, target: Mapping, forks: Sequence[int] = ()) -> list[dict]:
+    """The manifest's entries of one configuration trained for longer and longer: segments and cooldowns.
+
+    Args:
+      cells: WSD cells that differ in their steps alone, the shortest first.
+      make_entry: (id, cell, target) to an entry. target: the configuration's, without a D.
+      forks: steps of this trunk where cooldowns may leave later, whose checkpoints are kept.
+
+    Returns:
+      For each cell the trunk's segment up to its fork, which goes on from the segment before, and the cell as
+      the branch that leaves it.
+
+    Raises:
+      ConfigError: as ``trunk_of``.
+    """
+    out, before, done = [], None, 0
+    for cell in sorted(cells, key=fork_step):
+        end = fork_step(cell)
+        if end > done:
+            trunk = trunk_of([cell])
+            entry = make_entry(cell_id(trunk), trunk, {**target, "tokens": None, "flops": None})
+            kept = sorted({end, *(f for f in forks if done < f < end)})
+            entry |= {"role": "trunk", "forks": kept}
+            if before is not None:
+                entry |= {"trunk": before, "fork": done}
+            before, done = entry["id"], end
+            out.append(entry)
+        tokens = cell["train"]["steps"] * cell["train"]["batch"] * cell["data"]["seq"]
+        branch = make_entry(cell_id(cell), cell, {**target, "tokens": tokens, "flops": None})
+        out.append({**branch, "role": "branch", "trunk": before, "fork": end})
+    return out
+
+
 def spent_flops(entry: Mapping, convention: str = "exact") -> float:
-    """Training FLOPs that a manifest's entry costs: of a branch, those of its own steps alone."""
+    """Training FLOPs that a manifest's entry costs: of a branch or segment, those of its own steps alone."""
     share = 1 - entry.get("fork", 0) / entry["config"]["train"]["steps"]
     return entry["achieved"]["flops_by_convention"][convention] * share
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from tiny_study import tiny_cell, tiny_study
 
-from scaling.branches import fork_step, saving, spent_flops, trunk_of
+from launch.work import job_of, with_their_trunks
+from scaling.branches import chained, fork_step, saving, spent_flops, trunk_of
 from scaling.config import ConfigError, cell_id, validate_cell
 from scaling.files import CellFolder, read_jsonl
-from scaling.grid import plan
+from scaling.grid import entry, plan
 from scaling.lane import Job
 from scaling.optim import hyper_parameters
 from scaling.schedules import learning_rate
@@ -57,6 +58,34 @@ def test_a_branch_is_the_cell_alone_bit_for_bit(cells, tmp_path):
         assert result["evals"] == [e for e in whole["evals"] if e["step"] > branch.fork]
         rest = {k: v for k, v in result.items() if k not in ("evals", "spikes")}
         assert rest == {k: whole[k] for k in rest}
+
+
+def test_a_trunk_grown_in_segments_is_the_cell_alone_bit_for_bit(corpus, cells, tmp_path):
+    cells = [*cells, validate_cell({**cells[1], "train": {**cells[1]["train"], "steps": 50}})]
+    entries = chained(cells, entry, {"params": 1e3, "seed": 0})
+    assert [(e["role"], e["config"]["train"]["steps"], e.get("fork", 0)) for e in entries] == [
+        ("trunk", 15, 0), ("branch", 20, 15), ("trunk", 30, 15), ("branch", 40, 30), ("trunk", 37, 30),
+        ("branch", 50, 37),
+    ]  # fmt: skip
+    # one branch brings the whole chain behind it
+    assert [e["id"] for e in with_their_trunks(entries, [entries[3]["id"]])] == [
+        entries[k]["id"] for k in (0, 2, 3)
+    ]
+    # no step is trained twice: all but the branches' cooldowns is one trunk of 37 steps
+    alone_flops = entries[-1]["achieved"]["flops"] * 37 / 50
+    cooldowns = sum(spent_flops(e) for e in entries if e["role"] == "branch")
+    assert sum(map(spent_flops, entries)) == pytest.approx(alone_flops + cooldowns)
+    # the first two segments train before the third is known, as in a search
+    for part in (entries[:4], entries[4:]):
+        for e in part:
+            train_pack([job_of(tmp_path / "study", e)])
+    assert len(read_jsonl(CellFolder(tmp_path / "study", entries[4]["id"]).metrics)) == 7  # its own steps
+    for e in entries[3], entries[5]:
+        alone = CellFolder(tmp_path / "alone", e["id"])
+        train(e["config"], alone)
+        whole, lines = numbers(alone, after=e["fork"])
+        result, rows = numbers(CellFolder(tmp_path / "study", e["id"]))
+        assert rows == lines and result["loss"] == whole["loss"]
 
 
 def test_a_lost_fork_costs_compute_and_no_number(cells, tmp_path, caplog):
