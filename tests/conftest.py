@@ -66,3 +66,14 @@ def study_file(study_config, tmp_path):
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps(study_config))
     return path
+
+
+@pytest.fixture(scope="module")
+def slurm():
+    """A real Slurm of two emulated nodes on this machine (``slurm_cluster.Cluster``)."""
+    import slurm_cluster
+
+    if why := slurm_cluster.missing():
+        pytest.skip(why)
+    with slurm_cluster.Cluster() as cluster:
+        yield cluster
