@@ -6,7 +6,7 @@ STUDY ?= studies/quickstart
 # one process a core; the tests of a file stay together and share what they compile
 PARALLEL ?= -n auto --dist loadfile
 
-.PHONY: quickstart families test test-fast test-oldest aot aot-gpu oracles lint format clean venv
+.PHONY: quickstart families test test-fast test-oldest aot aot-gpu oracles manifests lint format clean venv
 
 venv:
 	@python3 tools/venv.py $(VENV) $(if $(PYTHON_VERSION),--python $(PYTHON_VERSION))
@@ -44,6 +44,11 @@ aot-gpu:  ## compile the GPU kernels for an H100 that is not here: no spills
 oracles:  ## compare with torch and transformers, in an environment of its own
 	@python3 tools/venv.py .venv-oracles --python 3.11 --extras dev,oracles
 	@.venv-oracles/bin/python -m pytest tests/oracles -m oracle
+
+manifests:  ## validate the files of --on jobset and --on skypilot with Kubernetes' schemas and SkyPilot's loader
+	@python3 tools/venv.py .venv-manifests --extras dev,manifests
+	@python3 tools/venv.py .venv-skypilot --python 3.11 --requirements tests/manifests/skypilot.txt
+	@.venv-manifests/bin/python -m pytest tests/manifests
 
 lint: venv
 	@$(BIN)/ruff check .

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import click
 
-from launch.options import DEVICE_OPTIONS, RUN_OPTIONS, WORKER_OPTIONS, as_argument, with_options
+from launch.options import (
+    DEVICE_OPTIONS,
+    POD_OPTIONS,
+    RUN_OPTIONS,
+    WORKER_OPTIONS,
+    as_argument,
+    with_options,
+)
 from launch.output import console, emit, json_option
 from scaling.files import StudyError, write_whole
 
@@ -30,22 +37,37 @@ def run(study, cells, workers, cores_per_worker, as_json, **options):
 
 @click.command()
 @click.argument("config_or_study", type=click.Path(path_type=Path))
-@click.option("--on", type=click.Choice(["local"]), default="local", show_default=True, help="Where.")
+@click.option("--on", type=click.Choice(["local", "jobset", "skypilot"]), default="local", show_default=True,
+              help="Where.")  # fmt: skip
 @click.option("--study", type=click.Path(path_type=Path), help="Study folder (default: studies/NAME).")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of a config.")
-@with_options(WORKER_OPTIONS + RUN_OPTIONS + DEVICE_OPTIONS)
+@with_options(POD_OPTIONS + WORKER_OPTIONS + RUN_OPTIONS + DEVICE_OPTIONS)
 @json_option
-def launch(config_or_study, on, study, overrides, cells, workers, cores_per_worker, as_json, **options):
+def launch(
+    config_or_study, on, study, overrides, dry_run, target, settings, out, cells, workers, cores_per_worker,
+    as_json, **options,
+):  # fmt: skip
     """Plan CONFIG where that is not done yet, and train what has no result: `scaling plan` and `run` in one.
 
-    A study folder in place of CONFIG is taken as it is.
+    A study folder in place of CONFIG is taken as it is. --on jobset (Kubernetes) and --on skypilot plan the
+    study and write a file for each job, with a README of how to apply them; they need --dry-run and --target.
     """
+    from launch import pods
+
+    if on == "local" and (dry_run or target or settings or out):
+        raise StudyError("--dry-run, --target, --settings and --out are for --on jobset and --on skypilot")
+    if on != "local":
+        pods.check(on, dry_run, target, workers)
     if config_or_study.is_dir():
         if overrides or study:
             raise StudyError(f"--set and --study are for a config; {config_or_study} is planned already")
         study = config_or_study
     else:
         study = plan_there(config_or_study, study, list(overrides))
+    if on != "local":
+        done = pods.write(on, study, target, settings, out, cells, options)
+        said = "{jobs} jobs of {cells} cells on {target}: see {folder}/README.md".format(**done)
+        return emit(as_json, done, lambda: console.print(said, soft_wrap=True))
     return run_here(study, cells, workers, cores_per_worker, as_json, options)
 
 

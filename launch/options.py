@@ -86,6 +86,18 @@ DEVICE_OPTIONS = (
         help="One process of several: run the same command on every host.",
     ),
 )
+POD_OPTIONS = (
+    click.option("--dry-run", is_flag=True, help="jobset, skypilot: write the files, submit nothing."),
+    click.option("--target", help="jobset, skypilot: what each job runs on, e.g. v5e-64, v6e-256, h100-8."),
+    click.option(
+        "--settings",
+        type=click.Path(path_type=Path),
+        help="jobset, skypilot: a .toml file (image, volume, ...).",
+    ),
+    click.option(
+        "--out", type=click.Path(path_type=Path), help="Folder of the files (default: STUDY/jobset, ...)."
+    ),
+)
 PREFLIGHT_OPTIONS = (
     click.option(
         "--target",

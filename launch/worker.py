@@ -1,5 +1,6 @@
 """One worker process of ``scaling run``: ``python -m launch.worker STUDY``. Exit codes: 0 nothing is left to
-do; 2 a clear error, said in the last line; 75 asked to stop (SIGTERM), all is saved."""
+do, or the study is cancelled; 1 try again; 2 a clear error, said in the last line; 75 asked to stop
+(SIGTERM), all is saved."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from scaling.attempts import MAX_FAILURES, MAX_PREEMPTIONS, Budgets
+from scaling.attempts import MAX_FAILURES, MAX_PREEMPTIONS, Budgets, is_cancelled
 from scaling.claims import HEARTBEAT
 
 
@@ -64,9 +65,12 @@ def main() -> int:
     try:
         initialize_distributed(args.distributed)
         mesh = None if args.mesh is None else MeshShape.parse(args.mesh)
-    except (ConfigError, RuntimeError) as error:
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return BAD_INPUT
+    except RuntimeError as error:  # the other processes of the job did not come: they may another time
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
     execution = Execution(
         args.remat,
         args.accumulate,
@@ -87,7 +91,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return BAD_INPUT
     except Preempted:
-        return PREEMPTED
+        return 0 if is_cancelled(args.study) else PREEMPTED  # who was cancelled is not to be started again
     finally:
         del held
     return 0

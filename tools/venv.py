@@ -92,10 +92,11 @@ def main():
     parser.add_argument("venv")
     parser.add_argument("--python", help="a version such as 3.11 (default: the newest suitable one)")
     parser.add_argument("--extras", default="dev", help="comma-separated extras of pyproject.toml")
+    parser.add_argument("--requirements", help="install this file in place of the project")
     args = parser.parse_args()
 
     inputs = [args.python or "", args.extras]
-    for name in ("pyproject.toml", "constraints.txt"):
+    for name in (args.requirements,) if args.requirements else ("pyproject.toml", "constraints.txt"):
         with open(os.path.join(ROOT, name)) as f:
             inputs.append(f.read())
     stamp = hashlib.sha256("\0".join(inputs).encode()).hexdigest()
@@ -113,10 +114,10 @@ def main():
     install = [inside, "-m", "pip", "install"]
     if uv:
         install = [uv, "pip", "install", "--python", inside, *local_wheels(inside)]
-    subprocess.run(
-        [*install, "-q", "-c", os.path.join(ROOT, "constraints.txt"), "-e", f"{ROOT}[{args.extras}]"],
-        check=True,
-    )
+    what = ["-c", os.path.join(ROOT, "constraints.txt"), "-e", f"{ROOT}[{args.extras}]"]
+    if args.requirements:
+        what = ["-r", os.path.join(ROOT, args.requirements)]
+    subprocess.run([*install, "-q", *what], check=True)
     with open(ready, "w") as f:
         f.write(stamp)
 
