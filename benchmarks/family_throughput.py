@@ -104,10 +104,28 @@ def mlstm(q, k, v, i_gate, f_gate, *, scale=None, segment_ids=None):
     return h.astype(v.dtype), state
 
 
+def scan_tokens(inputs, recurrent, fresh):
+    """sLSTM, which has no parallel form: ours is sequential too, its backward scan by hand."""
+
+    def step(state, x):
+        h, c, n, m = state
+        z, i, f, o = jnp.split(x + jnp.einsum("nbh,nhg->nbg", h, recurrent), 4, axis=-1)
+        log_f = jax.nn.log_sigmoid(f)
+        new = jnp.maximum(log_f + m, i)
+        forget, write = jnp.exp(log_f + m - new), jnp.exp(i - new)
+        c, n = forget * c + write * jnp.tanh(z), forget * n + write
+        h = jax.nn.sigmoid(o) * c / n
+        return (h, c, n, new), h
+
+    zero = jnp.zeros((*inputs.shape[1:3], inputs.shape[3] // 4))
+    return jax.lax.scan(step, (zero, zero, zero, zero - 1e30), inputs)[1]
+
+
 PLAIN = {
     "mamba2": ssd,
     "gated_deltanet": gated_delta_rule,
     "mlstm": mlstm,
+    "slstm": scan_tokens,
     "mamba": selective_scan,
     "longhorn": selective_scan,
     "rglru": linear_scan,
@@ -120,8 +138,8 @@ PLAIN = {
 def layer(mixer: str, plain: bool):
     """(gradient of the layer as a function of parameters, input and cotangent; the parameters)."""
     # every shape reads the defaults of all families
-    family = {"mlstm": "xlstm", "rglru": "griffin"}.get(mixer, mixer)
-    changes = {"state_dim": 64} if mixer == "mamba2" else {}
+    family = {"mlstm": "xlstm", "rglru": "griffin", "slstm": "hybrid"}.get(mixer, mixer)
+    changes = {"mamba2": {"state_dim": 64}, "slstm": {"pattern": ["slstm"]}}.get(mixer, {})
     cfg = validate_section("model", {**SHAPE, "family": family, **changes})
     graph, state = nnx.split(MIXERS[mixer](cfg, nnx.Rngs(0)))
     # the mixer's file calls the kernel by its name there

@@ -21,6 +21,7 @@ MIXERS = {
     "gated_deltanet": "gated delta rule with short convolutions",
     "longhorn": "Mamba's block around the implicit step of an online regression",
     "mlstm": "xLSTM's matrix memory with exponential gates",
+    "slstm": "xLSTM's scalar memory, whose exponential gates see the state: token by token",
     "min_gru": "minGRU: a gated recurrence whose gates do not see the state",
     "qlstm": "the quasi-recurrent LSTM",
 }
@@ -69,7 +70,7 @@ READ = {
     "expand": ("mamba", "mamba2", "longhorn", "gated_deltanet", "min_gru", "qlstm"),
     "state_dim": ("mamba2",),
     "channel_state": ("mamba", "longhorn"),
-    "conv_width": ("rglru", "mamba", "mamba2", "longhorn", "gated_deltanet", "min_gru", "qlstm"),
+    "conv_width": ("rglru", "mamba", "mamba2", "longhorn", "gated_deltanet", "slstm", "min_gru", "qlstm"),
     "key_fraction": ("mlstm",),
     "rope_fraction": ATTENTION,
     **dict.fromkeys(("experts", "active_experts", "shared_experts", "expert_fraction"), ("moe",)),

@@ -60,6 +60,7 @@ HIDDEN = {
     "down": "ffn",
     "input_gate": "head",
     "recurrence_gate": "head",
+    **dict.fromkeys(("z_recurrent", "i_recurrent", "f_recurrent", "o_recurrent"), "head"),
 }
 """Names of the matrices inside the blocks, and of the ratio that their fan-in has to the base's."""
 
@@ -69,8 +70,7 @@ VECTORS = {
     "decay",
     "skip",
     "conv_bias",
-    "i_bias",
-    "f_bias",
+    *("z_bias", "i_bias", "f_bias", "o_bias"),
     "input_bias",
     "recurrence_bias",
     "predictor_bias",

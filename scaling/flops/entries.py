@@ -233,6 +233,20 @@ def depth_router_entries(model: Mapping, count: int) -> list[Entry]:
     ]
 
 
+def slstm_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
+    """sLSTM: projections to four gates and out, block-diagonal recurrent matrices, a convolution, vectors."""
+    D, N, H, W = (model[k] for k in ("d_model", "heads", "head_dim", "conv_width"))
+    R = N * H
+    return [
+        weights("sLSTM projections", count * 5 * D * R),
+        weights("sLSTM recurrent matrices", count * 4 * N * H * H),
+        # c, n, m and h
+        vectors(
+            "sLSTM convolution and vectors", count * (D * (W + 1) + 4 * R), count * (4 * R + D * (W - 1))
+        ),
+    ]
+
+
 def glu_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
     """Gate, up and down projections."""
     return [weights("feed-forward", count * 3 * model["d_model"] * model["ffn_dim"])]
@@ -304,6 +318,7 @@ MIXERS: dict[str, Callable] = {
     "gated_deltanet": gated_deltanet_entries,
     "longhorn": functools.partial(selective_entries, rates=False, name="Longhorn"),
     "mlstm": mlstm_entries,
+    "slstm": slstm_entries,
     "min_gru": functools.partial(gated_vector_entries, gates=1, biases=1, name="minGRU"),
     "qlstm": functools.partial(gated_vector_entries, gates=3, biases=2, name="quasi-LSTM"),
 }

@@ -85,6 +85,12 @@ def mlstm_kept(model: Mapping, seq: int, width: int) -> Kept:
     return Kept(whole, width * (D + 2 * q + 2 * v), _state(K, v, seq) + 12 * N * chunk * chunk / seq)
 
 
+def slstm_kept(model: Mapping, seq: int, width: int) -> Kept:
+    """What the gates see twice over, c, n, m and h, all in float32; the convolution and the norm."""
+    D, R = model["d_model"], model["heads"] * model["head_dim"]
+    return Kept((8 + 3 * width) * D + (64 + 3 * width) * R, width * (2 * D + 5 * R), 32 * R)
+
+
 def differential_kept(model: Mapping, seq: int, width: int) -> Kept:
     """Attention twice over, and the difference of both in float32 through its norm."""
     one, q = attention_kept(model, seq, width), model["heads"] * model["head_dim"]
@@ -167,6 +173,7 @@ MIXERS = {
     "gated_deltanet": gated_deltanet_kept,
     "longhorn": selective_kept,
     "mlstm": mlstm_kept,
+    "slstm": slstm_kept,
     "min_gru": gated_vector_kept(1),
     "qlstm": gated_vector_kept(3),
 }

@@ -30,6 +30,7 @@ from scaling.models.norm import RMSNorm
 from scaling.models.qlstm import QLSTM
 from scaling.models.rglru import RGLRU
 from scaling.models.selective_attention import SelectiveAttention
+from scaling.models.slstm import SLSTM
 from scaling.models.swiglu import GeGLU, SwiGLU
 
 MIXERS = {
@@ -43,6 +44,7 @@ MIXERS = {
     "gated_deltanet": GatedDeltaNet,
     "longhorn": Longhorn,
     "mlstm": MLSTM,
+    "slstm": SLSTM,
     "min_gru": MinGRU,
     "qlstm": QLSTM,
 }

@@ -24,6 +24,7 @@ OWN = {
     "hybrid": {"pattern": ["gated_deltanet", "attention+geglu"], "local_window": 32},
     "relu": {"family": "moe", "experts": 4, "expert_fraction": 0.5, "router": "relu"},
     "selective": {"family": "hybrid", "pattern": ["mamba2", "selective_attention"], "state_dim": 16},
+    "slstm": {"family": "hybrid", "pattern": ["mlstm", "slstm"]},
     "memory": {"family": "hybrid", "pattern": ["attention+memory", "attention"], "memory_keys": 24},
 }
 DATA = {"source": "stdlib", "seq": 128}

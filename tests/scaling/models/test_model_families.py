@@ -32,6 +32,7 @@ CASES = {
     "differential": {"family": "differential", "local_window": 20},
     "mamba": {"family": "mamba", "channel_state": 5},
     "longhorn": {"family": "longhorn", "channel_state": 5},
+    "slstm": {"family": "hybrid", "pattern": ["mlstm", "slstm"]},
     "min_gru": {"family": "min_gru"},
     "qlstm": {"family": "qlstm", "expand": 1},
     "moe": {
@@ -80,7 +81,7 @@ def shaken(tree, seed=1, size=0.1):
 
 def mixer(kind, **changes):
     """(config, a mixer's function of x and segments, its parameters in float64)."""
-    family = {"rglru": "griffin", "mlstm": "xlstm"}.get(kind, kind)
+    family = {"rglru": "griffin", "mlstm": "xlstm", "slstm": "hybrid"}.get(kind, kind)
     cfg = model(family=family, **changes)
     graph, state = nnx.split(MIXERS[kind](cfg, nnx.Rngs(0)))
     params = shaken(nnx.to_pure_dict(state))
@@ -183,6 +184,27 @@ def mlstm(x, p, cfg):
     return (sigmoid(x @ p["o_gate"]) * normed) @ p["out"]
 
 
+def slstm(x, p, cfg):
+    """Without the stabiliser: exp of gates of order one is nothing to float64."""
+    N, H = cfg["heads"], cfg["head_dim"]
+    u = silu(convolved(x, p["conv"]))
+    seen = {g: s @ p[w] + p.get(f"{g}_bias", 0) for g, w, s in
+            (("z", "z", x), ("i", "i_gate", u), ("f", "f_gate", u), ("o", "o_gate", x))}  # fmt: skip
+    c, n, h, out = np.zeros(N * H), np.zeros(N * H), np.zeros(N * H), []
+    for t in range(len(x)):
+        g = {
+            k: seen[k][t] + np.einsum("nh,nhk->nk", h.reshape(N, H), p[f"{k}_recurrent"]).ravel()
+            for k in seen
+        }
+        c = sigmoid(g["f"]) * c + np.exp(g["i"]) * np.tanh(g["z"])
+        n = sigmoid(g["f"]) * n + np.exp(g["i"])
+        h = sigmoid(g["o"]) * c / n
+        out.append(h)
+    out = np.array(out).reshape(-1, N, H)
+    centred = out - out.mean(-1, keepdims=True)
+    return rms(centred, p["norm"]["scale"], cfg["norm_eps"]).reshape(len(x), -1) @ p["out"]
+
+
 def selective(x, p, cfg, decays):
     u = silu(convolved(x @ p["x"], p["conv"]))
     b, c = u @ p["b"], u @ p["c"]
@@ -241,6 +263,7 @@ RECURRENCES = {
     "longhorn": longhorn,
     "gated_deltanet": gated_deltanet,
     "mlstm": mlstm,
+    "slstm": slstm,
     "min_gru": min_gru,
     "qlstm": qlstm,
 }
@@ -249,7 +272,8 @@ RECURRENCES = {
 @pytest.mark.parametrize("kind", RECURRENCES)
 def test_mixer_is_its_recurrence_token_by_token_inside_documents(kind):
     """Two documents in a row: each is the recurrence of its own tokens alone, in float64."""
-    changes = {"mamba2": {"state_dim": 12}, "mamba": {"channel_state": 5}}.get(kind, {})
+    own = {"mamba2": {"state_dim": 12}, "mamba": {"channel_state": 5}, "slstm": {"pattern": ["slstm"]}}
+    changes = own.get(kind, {})
     cfg, apply, params = mixer(kind, **changes)
     x = np.random.default_rng(0).standard_normal((1, T, cfg["d_model"])).astype(np.float32)
     cut = 23
@@ -261,6 +285,33 @@ def test_mixer_is_its_recurrence_token_by_token_inside_documents(kind):
     whole = RECURRENCES[kind](x[0].astype(np.float64), params, cfg)
     np.testing.assert_allclose(apply(x, None)[0], whole, rtol=2e-4, atol=2e-4 * whole.std())
     assert np.abs(whole[cut:] - want[cut:]).max() > 0.01 * want.std()
+
+
+def test_the_backward_scan_of_slstm_is_the_slope_of_its_recurrence():
+    """Along one direction of x and all parameters at once, two documents; differences in float64."""
+    cfg, _, params = mixer("slstm", pattern=["slstm"])
+    rng = np.random.default_rng(2)
+    x, weigh = rng.standard_normal((2, 1, T, cfg["d_model"]))
+    cut, segments = 23, np.repeat([[1, 2]], [23, T - 23], axis=1)
+    graph, _ = nnx.split(MIXERS["slstm"](cfg, nnx.Rngs(0)))
+    way_x, way = rng.standard_normal(x.shape), jax.tree.map(lambda a: rng.standard_normal(a.shape), params)
+
+    def ours(params, x):
+        return jnp.sum(nnx.merge(graph, params)(x, None, segments) * weigh)
+
+    def theirs(step):
+        at = jax.tree.map(lambda a, b: a + step * b, params, way)
+        parts = np.split((x + step * way_x)[0], [cut])
+        return np.sum(np.concatenate([slstm(part, at, cfg) for part in parts]) * weigh[0])
+
+    single = jax.tree.map(jnp.float32, (params, x))
+    gradient = jax.grad(ours, argnums=(0, 1))(*single)
+    terms = jax.tree.map(lambda g, w: np.sum(np.float64(g) * w), gradient, (way, way_x))
+    slope = sum(jax.tree.leaves(terms))
+    # differences of fourth order; the gradient is float32, a sum of terms of both signs
+    h = 1e-4
+    want = (8 * (theirs(h) - theirs(-h)) - (theirs(2 * h) - theirs(-2 * h))) / (12 * h)
+    assert slope == pytest.approx(want, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -344,7 +395,7 @@ def test_every_parameter_has_a_rule(name):
         assert is_hidden_matrix(path, leaf) == (inside and matrix and not taps and not gain), path
     lr = {p[-1].key: v for p, v in jax.tree_util.tree_leaves_with_path(scales["lr"])}
     expected = {"out": 0.5, "conv": 1.0, "a_log": 1.0, "input_gate": 1.0, "dt": 0.5, "i_bias": 1.0}
-    expected |= {"dt_up": 0.5, "router": 0.5, "lambda_q1": 1.0}
+    expected |= {"z_recurrent": 1.0, "o_bias": 1.0, "dt_up": 0.5, "router": 0.5, "lambda_q1": 1.0}
     assert all(lr[k] == v for k, v in expected.items() if k in lr)
 
 
@@ -356,7 +407,7 @@ def test_every_parameter_has_a_rule(name):
         ("mamba2", ("mup",)),
         ("gated_deltanet", ("mup",)),
         ("xlstm", ("mup",)),
-        *((name, ("mup",)) for name in ("differential", "mamba", "longhorn", "min_gru", "qlstm")),
+        *((name, ("mup",)) for name in ("differential", "mamba", "longhorn", "slstm", "min_gru", "qlstm")),
         *((name, ("mup",)) for name in ("moe", "mixture_of_depths", "selective")),
     ],
 )
@@ -400,7 +451,8 @@ def test_bfloat16_is_near_float32():
     """Every family computes in bfloat16 what it computes in float32, to bfloat16's own error."""
     tokens = np.random.default_rng(0).integers(0, 61, (B, T))
     error = {}
-    recurrent = ("griffin", "mamba", "mamba2", "longhorn", "gated_deltanet", "xlstm", "min_gru", "qlstm")
+    recurrent = ("griffin", "mamba", "mamba2", "longhorn", "gated_deltanet", "xlstm", "slstm", "min_gru",
+                 "qlstm")  # fmt: skip
     for name in (*recurrent, "differential"):
         cfg = model(**CASES[name])
         params = init_params(cfg, 0)
