@@ -231,6 +231,17 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "gradients_scaling": _choice(*SCALINGS, default="tensor", later=True),
         "block": _positive_int(32, later=True),
     },
+    # of a cell that starts from a dense one (docs/families.md); a plan fills in all but the first
+    "upcycle": {
+        "dense": Field(
+            str, lambda x: bool(x), "a cell's folder", None, optional=True, hashed=False, later=True
+        ),
+        "cell": Field(str, lambda x: bool(x), "the dense cell's id", None, optional=True, later=True),
+        "step": _positive_int(None, optional=True, later=True),
+        "tokens": _positive_int(None, optional=True, hashed=False, later=True),
+        "flops": _positive(None, optional=True, hashed=False, later=True),
+        "first_row": Field(int, lambda x: x >= 0, "zero or a positive integer", 0, later=True),
+    },
 }
 
 
@@ -263,7 +274,7 @@ def validate_cell(cell: Mapping) -> dict:
     """Checks a cell config and fills in the defaults.
 
     Args:
-      cell: sections ``model, data, optim, schedule, train, eval, precision`` as nested mappings.
+      cell: sections ``model, data, optim, schedule, train, eval, precision, upcycle`` as nested mappings.
 
     Returns:
       A new plain dict with every field of ``SCHEMA`` present, in schema order.
@@ -285,6 +296,7 @@ def validate_cell(cell: Mapping) -> dict:
             "rules are for Adam's updates, and Muon's have their own size already: use 'standard'"
         )
     check_precision(out)
+    check_upcycle(out)
     return out
 
 
@@ -321,6 +333,31 @@ def check_precision(cell: Mapping) -> None:
             "optim.name is 'schedule_free'; it finds its averages as a difference of parameters and needs "
             "precision.params = 'float32'"
         )
+
+
+def check_upcycle(cell: Mapping) -> None:
+    """Raises ``ConfigError`` where a cell cannot start from the dense one that it names."""
+    own, model = cell["upcycle"], cell["model"]
+    if not any(own.values()):
+        return
+    for key in ("dense", "cell", "step", "tokens", "flops"):
+        if own[key] is None:
+            raise ConfigError(
+                f"upcycle.{key} is None and others of upcycle are not; a plan fills them in from "
+                "upcycle.dense (or scaling.upcycle.filled)"
+            )
+    if not layers.has(model, "moe"):
+        raise ConfigError(f"upcycle.cell is {own['cell']!r} with a model without experts (a layer of 'moe')")
+    for key, allowed, why in (
+        ("router", ("chosen", "all"), "ReLU gates do not weigh copies to one whole"),
+        ("expert_fraction", (1.0,), "every expert is a copy of the dense feed-forward"),
+        ("shared_experts", (0,), "one that sees every token would count the dense feed-forward twice"),
+    ):
+        if model[key] not in allowed:
+            raise ConfigError(
+                f"model.{key} is {model[key]!r} in an up-cycled cell; it must be "
+                f"{' or '.join(map(repr, allowed))}: {why}"
+            )
 
 
 def validate_section(section: str, given: Any) -> dict:

@@ -17,8 +17,12 @@ from scaling.files import StudyError, read_json, write_json
 from scaling.flops import CONVENTIONS, ledger
 from scaling.recipe import Recipe, batch_sequences, fitted_shape, hparams, recipe_from_config, round4, shape
 from scaling.sentinels import sentinel_entries
+from scaling.upcycle import dense_cell, filled, with_shape_of
 
 MANIFEST_SCHEMA = 1
+
+UPCYCLED_TOLERANCE = 0.1
+"""How far the N asked for may lie from that of an up-cycled cell, whose shape is the dense cell's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +139,12 @@ def plan(study: Mapping, data: Mapping) -> dict:
 
 
 def absolute_path(study: Mapping) -> dict:
-    """A copy whose data folder does not depend on where the command was typed."""
+    """A copy whose folders do not depend on where the command was typed."""
     config = copy.deepcopy(dict(study))
-    if config["data"].get("path") and "://" not in config["data"]["path"]:
-        config["data"]["path"] = str(Path(config["data"]["path"]).absolute())
+    for section, key in (("data", "path"), ("upcycle", "dense")):
+        path = config.get(section, {}).get(key)
+        if path and "://" not in path:
+            config[section][key] = str(Path(path).absolute())
     return config
 
 
@@ -168,16 +174,29 @@ def sized(study: Mapping, recipe: Recipe, target: Target, data: Mapping) -> tupl
     """A target's model section, its N and its D."""
     seq = study["data"].get("seq", 128)
     base = {"vocab": data["vocab"], **study["model"]}
+    dense = {**study.get("upcycle", {}), **upcycle_of(target)}.get("dense")
     within = study["grid"].get("params_tolerance")
-    if within is None:
+    if dense is not None:
+        model = with_shape_of(dense_cell(dense)["model"], base)
+    elif within is None:
         model = shape(recipe, base, target.params, seq)
     else:
         model = fitted_shape(recipe, base, target.params, seq, within)
     account = ledger(validate_section("model", model), seq)
+    if dense is not None and abs(account.params_total / target.params - 1) > UPCYCLED_TOLERANCE:
+        raise ConfigError(
+            f"params is {target.params:g}; the dense cell of {dense} with these experts has "
+            f"{account.params_total:,}, which is what must be asked for"
+        )
     tokens = target.tokens
     if tokens is None:
         tokens = target.flops / account.train_flops_per_token(study["flops_convention"])
     return model, account.params_total, tokens
+
+
+def upcycle_of(target: Target) -> dict:
+    """Fields of ``upcycle`` that a listed cell sets for itself."""
+    return {name.partition(".")[2]: value for name, value in target.overrides if name.startswith("upcycle.")}
 
 
 def trunk_groups(study: Mapping, recipe: Recipe, wanted: list[Target], data: Mapping) -> dict[tuple, list]:
@@ -210,11 +229,12 @@ def resolve(
         "train": {**study["train"], "batch": batch, "steps": steps, "seed": target.seed},
         "eval": dict(study["eval"]),
         "precision": dict(study.get("precision", {})),
+        "upcycle": dict(study.get("upcycle", {})),
     }
     for name, value in target.overrides:
         section, _, key = name.partition(".")
         cell[section][key] = list(value) if isinstance(value, tuple) else value
-    return validate_cell(cell)
+    return filled(cell) if cell["upcycle"].get("dense") else validate_cell(cell)
 
 
 def sentinel_cell(recipe: Recipe, base: Mapping, field: str, multiple: float) -> dict | None:
@@ -256,7 +276,8 @@ def why_drop(grid: Mapping, target: Target, cell: Mapping, data: Mapping, conven
     bounds = grid["tokens_per_param"]
     if bounds is not None and not bounds[0] <= got["ratio"] <= bounds[1]:
         return f"{got['ratio']:.3g} tokens per parameter, outside grid.tokens_per_param = {bounds}"
-    epochs = got["tokens"] / unique_tokens(cell, data)
+    passed = cell["upcycle"]["first_row"] * cell["data"]["seq"]
+    epochs = (passed + got["tokens"]) / unique_tokens(cell, data)
     if epochs > grid["max_epochs"]:
         return f"{epochs:.3g} epochs, more than grid.max_epochs = {grid['max_epochs']:g}"
     return None

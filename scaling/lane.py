@@ -22,16 +22,27 @@ import numpy as np
 
 from scaling import __version__, hosts
 from scaling.checkpoint import Checkpoints
-from scaling.config import cell_id
+from scaling.config import ConfigError, cell_id
 from scaling.data import Stream, heldout_batches
 from scaling.evaluate import held_out_loss
-from scaling.files import CellFolder, StorageError, explain_os_error, read_jsonl, write_json, write_whole
+from scaling.files import (
+    CellFolder,
+    StorageError,
+    StudyError,
+    explain_os_error,
+    read_jsonl,
+    write_json,
+    write_whole,
+)
 from scaling.flops import ledger
 from scaling.optim import hyper_parameters
 from scaling.probes import probe
+from scaling.program import Static, placed_shapes, upcycled_state
 from scaling.records import read_result
 from scaling.sparsity import is_adaptive
 from scaling.spikes import count_spikes
+from scaling.step import eval_params
+from scaling.upcycle import dense_cell, filled
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +95,13 @@ class Lane:
         self.job, self.cell, self.name, self.folder = job, cell, cell_id(cell), job.folder
         self.dataset, self.on_metrics = dataset, on_metrics
         self.steps, self.batch, self.seq = cell["train"]["steps"], cell["train"]["batch"], cell["data"]["seq"]
-        self.stream = Stream(dataset.train, self.seq, self.batch, cell["train"]["seed"])
+        self.stream = Stream(
+            dataset.train,
+            self.seq,
+            self.batch,
+            cell["train"]["seed"],
+            first_sample=cell["upcycle"]["first_row"],
+        )
         self.heldout = heldout_batches(
             dataset.heldout, self.seq, eval_batch(self.batch, self.seq), cell["eval"]["sequences"]
         )
@@ -100,11 +117,12 @@ class Lane:
         self.wall_seconds = self.device_seconds = 0.0
         self.last_save = time.perf_counter()
 
-    def start(self, first_state):
-        """The state to go on from: the newest whole checkpoint, the trunk's, or the initial one.
+    def start(self, first_state, mesh=None):
+        """The state to go on from: the newest whole checkpoint, the trunk's, one up-cycled, or the initial.
 
         Args:
           first_state: the state before the first step; its shapes are those of every checkpoint.
+          mesh: where its arrays lie; None: on one device.
         """
         restored = self.checkpoints.restore(first_state)
         if restored is not None and not hosts.agree(self.metrics_reach(int(restored[0].step))):
@@ -119,6 +137,8 @@ class Lane:
             self.device_seconds = metadata.get("device_seconds", metadata["seconds"])
         else:
             state = self.from_trunk(first_state)
+            if state is first_state and self.cell["upcycle"]["cell"] is not None:
+                state = self.from_dense(mesh)
         if state is not first_state:
             state = jax.tree.map(jax.numpy.array, state)  # buffers of our own: the step donates them
         self.done = self.first_step = int(state.step)
@@ -148,6 +168,28 @@ class Lane:
             self.job.trunk.checkpoints, self.job.fork, self.name,
         )  # fmt: skip
         return first_state
+
+    def from_dense(self, mesh):
+        """The state before the first step, its experts copies of the dense cell's feed-forwards.
+
+        Raises:
+          ConfigError: the folder holds another cell, or a model that this one cannot start from.
+          StudyError: the dense cell's checkpoint is not there, or does not read back whole.
+        """
+        own = self.cell["upcycle"]
+        for key, value in filled(self.cell)["upcycle"].items():  # the folder may have changed since the plan
+            if key != "dense" and own[key] != value:
+                raise ConfigError(f"upcycle.{key} is {own[key]!r}; by {own['dense']} it must be {value!r}")
+        static = Static.of(dense_cell(own["dense"]))
+        like = placed_shapes(static, mesh)
+        state = self.checkpoints.restore_from(Path(own["dense"]) / "checkpoints", own["step"], like)
+        if state is None:
+            raise StudyError(
+                f"{own['dense']} has no whole checkpoint of step {own['step']}, from which {self.name} is to "
+                "start; train the dense cell again"
+            )
+        params = eval_params(static, state)
+        return upcycled_state(static, Static.of(self.cell), params, self.cell["train"]["seed"], self.hp, mesh)
 
     def open_metrics(self) -> None:
         """Cuts the metrics back to the resumed step and opens them for appending."""

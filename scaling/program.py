@@ -15,6 +15,7 @@ from scaling.config import as_static
 from scaling.mesh import ROWS, OnMesh, batch_sharding, state_shardings
 from scaling.models.lm import HERE, Apply, init_params, make_apply, once_options
 from scaling.models.loss import eval_sums
+from scaling.models.upcycled import upcycled_params
 from scaling.optim import hyper_parameter_shapes
 from scaling.precision import matmul_of
 from scaling.schedules import as_compiled
@@ -110,6 +111,38 @@ def _maker(static: Static, mesh: Mesh):
     make = functools.partial(first_state, static)
     where = state_shardings(mesh, static, state_shapes(static))
     return jax.jit(make, out_shardings=where, compiler_options=once_options())
+
+
+def upcycled_state(dense: Static, static: Static, params, seed: int, hp, mesh: Mesh | None):
+    """The state before the first step of a cell that starts from a dense one's parameters.
+
+    Args:
+      dense, static: of the dense cell and of this one. params: the dense cell's (``optim.eval_params``).
+      seed, hp, mesh: as ``placed_first_state``.
+
+    Returns:
+      A state whose optimizer has seen nothing.
+    """
+
+    def make(params, seed, hp):
+        before, model = dict(dense.model), dict(static.model)
+        return init_state(upcycled_params(before, model, params, init_params(model, seed)), static, hp)
+
+    where = None if mesh is None else state_shardings(mesh, static, state_shapes(static))
+    made = jax.jit(make, out_shardings=where, compiler_options=once_options())(params, seed, hp)
+    return jax.device_put(made, jax.local_devices()[0]) if mesh is None else made
+
+
+def placed_shapes(static: Static, mesh: Mesh | None):
+    """``state_shapes`` with where every array lies, for reading a checkpoint."""
+    shapes = state_shapes(static)
+    if mesh is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        where = jax.tree.map(lambda _: here, shapes)
+    else:
+        where = state_shardings(mesh, static, shapes)
+    put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(put, shapes, where)
 
 
 def state_shapes(static: Static):

@@ -84,6 +84,10 @@ COLUMNS = {
     "skipped_steps": "updates that the guard against spikes left out",
     "open_experts": "of ReLU routers: experts whose gate is open for a token, mean over layers and logged "
     "steps; the ledger counts active_experts, its target",
+    "dense_cell": "of an up-cycled cell: the dense cell whose checkpoint its experts were copied from",
+    "dense_tokens": "tokens that the dense cell had been trained on there; tokens has the up-cycled "
+    "ones alone",
+    "dense_flops": "training FLOPs that the dense cell had cost there, exact ledger; flops has none of them",
     "trunk": "cell whose checkpoint this one started from, if any",
     "sentinel_of": "cell whose learning rate or batch this one brackets, if any",
 }
@@ -151,6 +155,7 @@ def cell_rows(manifest: Mapping, entry: Mapping, folder: CellFolder) -> list[dic
         "batch_tokens": config["train"]["batch"] * config["data"]["seq"],
         "steps": config["train"]["steps"],
         "lr": config["optim"]["lr"],
+        **{f"dense_{k}": config.get("upcycle", {}).get(k) for k in ("cell", "tokens", "flops")},
         **{f"{operand[:-1]}_bits": b for operand, b in bits(config).items()},
     }
     if not folder.result.exists():

@@ -24,6 +24,7 @@ FROM_RECIPE = {
     "schedule": {"warmup_steps"},
     "train": {"batch", "steps", "seed"},
     "eval": set(),
+    "upcycle": {"cell", "tokens", "flops", "first_row"},
 }
 
 GRID_KEYS = {
@@ -178,7 +179,7 @@ def _check_section(config: dict, section: str, fields: Mapping) -> None:
     for key, value in given.items():
         if key in FROM_RECIPE.get(section, ()):
             raise ConfigError(
-                f"{section}.{key} is set for the whole study; it comes from the recipe "
+                f"{section}.{key} is set for the whole study; it comes from the recipe or what it names "
                 "(to pin it in one cell, use grid.kind = 'list' with set)"
             )
         given[key] = check_field(f"{section}.{key}", fields[key], value)

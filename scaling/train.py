@@ -307,7 +307,7 @@ class Pack:
             seed = lane.cell["train"]["seed"]
             first = placed_first_state(self.static, seed, lane.hp, self.plan.mesh)
             try:
-                states.append(lane.start(first))
+                states.append(lane.start(first, self.plan.mesh))
             except Diverged as end:
                 self.end(lane, "diverged", end.steps, str(end))
                 states.append(first)

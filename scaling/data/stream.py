@@ -87,7 +87,15 @@ class Stream:
       masked_targets: targets in one pass over every row whose loss mask is 0 (the first tokens of documents).
     """
 
-    def __init__(self, tokens: Tokens | Mixture, seq: int, batch: int, seed: int, shuffle: bool = True):
+    def __init__(
+        self,
+        tokens: Tokens | Mixture,
+        seq: int,
+        batch: int,
+        seed: int,
+        shuffle: bool = True,
+        first_sample: int = 0,
+    ):
         """Sets up the stream; reads nothing.
 
         Args:
@@ -96,6 +104,7 @@ class Stream:
           batch: B, rows in the global batch (never per device or host).
           seed: decides the order of the rows, a different one in each epoch.
           shuffle: False reads the rows in their order on disk, every epoch.
+          first_sample: the sample that step 0 begins with.
 
         Raises:
           ConfigError: ``tokens`` are too few for one row, ``seq`` or ``batch`` is below 1, or the seed is
@@ -105,10 +114,12 @@ class Stream:
             ("seq", seq, 1, 2**31 - 1),
             ("batch", batch, 1, 2**31 - 1),
             ("seed", seed, 0, 2**64 - 1),
+            ("first_sample", first_sample, 0, 2**62),
         ):
             if not least <= value <= most:
                 raise ConfigError(f"{name} is {value}; it must be from {least} to {most}")
         self.tokens, self.seq, self.batch, self.seed, self.shuffle = tokens, seq, batch, seed, shuffle
+        self.first_sample = first_sample
         self.samples_per_epoch = first_repeat(tokens, seq)
         if isinstance(tokens, Mixture):
             parts, self._begin_C, self._proportions = tokens.parts, tokens.begin_C, tokens.proportions
@@ -126,19 +137,27 @@ class Stream:
 
     def component_epochs_at(self, step: int) -> list[float]:
         """Passes over each component (of one corpus: over it) in the steps before ``step``."""
-        return (self._proportions.counts(step * self.batch) / self._rows_C).tolist()
+        return (self._counts(step) / self._rows_C).tolist()
 
     def epochs_at(self, step: int) -> float:
         """Passes over the data before ``step``; of a mixture, over its most repeated component."""
         return max(self.component_epochs_at(step))
 
     def unique_tokens_at(self, step: int) -> int:
-        """Distinct places of the corpus that were targets in the steps before ``step``."""
-        return int(np.minimum(self._proportions.counts(step * self.batch), self._rows_C).sum()) * self.seq
+        """Distinct places of the corpus that were targets in the steps before ``step``.
+
+        At most so many where a ``first_sample`` within an epoch lets the steps cross into the next.
+        """
+        return int(np.minimum(self._counts(step), self._rows_C).sum()) * self.seq
+
+    def _counts(self, step: int) -> np.ndarray:
+        """int64 [C]: samples of each component in the steps before ``step``."""
+        end = self._proportions.counts(self.first_sample + step * self.batch)
+        return end - self._proportions.counts(self.first_sample)
 
     def rows_at(self, step: int) -> np.ndarray:
         """int64 [B]: which rows the batch at ``step`` holds; a mixture's are numbered through."""
-        first = step * self.batch
+        first = self.first_sample + step * self.batch
         begin, order = self._order
         if not (begin <= first and first + self.batch <= begin + order.size):
             begin = first
