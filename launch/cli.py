@@ -194,22 +194,29 @@ def preflight(study, target, overrides, remat, prices, cache, no_cache, jobs, ma
 @click.option("--wandb-dir", type=click.Path(path_type=Path), help="Read offline wandb runs instead.")
 @json_option
 def collect(study, out, wandb_dir, as_json):
-    """Write the run table of STUDY: one row a (cell, evaluation)."""
+    """Write the run table of STUDY: one row a (cell, evaluation).
+
+    With --wandb-dir: one row a run, from the files that `--wandb offline` leaves, as wandb_runs, and what
+    they logged as wandb_history.csv; no server is asked.
+    """
     import pandas as pd
 
     from scaling.records import collect as collect_rows
     from scaling.records import write_table
 
     if wandb_dir is not None:
-        from scaling.tracking import read_wandb
+        from scaling.tracking import read_wandb, read_wandb_history
 
         table = read_wandb(wandb_dir).assign(study=study.name)
+        history = (out.parent if out else study) / "wandb_history.csv"
+        write_table(read_wandb_history(wandb_dir), history)
     else:
-        table = collect_rows(study)
+        table, history = collect_rows(study), None
     stem = "runs" if wandb_dir is None else "wandb_runs"
     outs = [out] if out else [study / f"{stem}.csv", study / f"{stem}.parquet"]
     for path in outs:
         write_table(table, path)
+    outs += [history] if history else []
     states = table["status"] if "status" in table else pd.Series(["unfinished"] * len(table))
     counts = {k: int(v) for k, v in states.fillna("unfinished").value_counts().items()}
     said = ", ".join(f"{v} {k}" for k, v in counts.items())

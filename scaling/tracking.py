@@ -11,6 +11,7 @@ import json
 import struct
 import time
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -82,8 +83,7 @@ def wait_until_written(path: Path, seconds: float = 60.0) -> None:
         data = path.read_bytes() if path.exists() else b""
         whole = list(log_records(data)) if len(data) > FILE_HEADER else []
         if whole:
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole[-1])
+            record = wandb_internal_pb2.Record.FromString(whole[-1])
             if record.WhichOneof("record_type") == "exit":
                 return
         if time.monotonic() > deadline:
@@ -97,7 +97,7 @@ def wait_until_written(path: Path, seconds: float = 60.0) -> None:
 def read_wandb(folder: Path | str) -> pd.DataFrame:
     """The run table of offline wandb runs: one row a run, from its config and summary.
 
-    Nested config keys become ``section.key``. Runs of one id (a resumed cell) are one row, the
+    Nested config keys become ``section.key``. Runs of one id (the attempts at a cell) are one row, the
     newest summary winning.
 
     Args:
@@ -106,12 +106,8 @@ def read_wandb(folder: Path | str) -> pd.DataFrame:
     Raises:
       StudyError: no wandb file below the folder, or wandb is not installed.
     """
-    files = sorted(Path(folder).rglob("run-*.wandb"), key=lambda p: p.stat().st_mtime)
-    if not files:
-        raise StudyError(f"{folder} holds no wandb run (no run-*.wandb file below it)")
     rows: dict[str, dict] = {}
-    for path in files:
-        run = read_wandb_run(path)
+    for run in read_attempts(folder):
         row = rows.setdefault(run["id"], {"run_id": run["id"]})
         row.update(flatten(run["config"]))
         row.update(flatten(run["summary"]))
@@ -119,10 +115,35 @@ def read_wandb(folder: Path | str) -> pd.DataFrame:
     return table.drop(columns=[c for c in table.columns if c.startswith("_")])
 
 
+def read_wandb_history(folder: Path | str) -> pd.DataFrame:
+    """What offline runs logged: one row a (``run_id``, ``step``); of a step taken again, the newest.
+
+    Args, raises: as ``read_wandb``.
+    """
+    rows: dict[tuple, dict] = {}
+    for run in read_attempts(folder):
+        for item in run["history"]:
+            key = (run["id"], item.get("_step", -1))
+            rows.setdefault(key, {"run_id": key[0], "step": key[1]}).update(flatten(item))
+    table = pd.DataFrame([rows[key] for key in sorted(rows)], columns=None if rows else ["run_id", "step"])
+    return table.drop(columns=[c for c in table.columns if c.startswith("_")])
+
+
+def read_attempts(folder: Path | str) -> list[dict]:
+    """Every offline file below a folder as ``read_wandb_run`` reads it, oldest first, if it has an id."""
+    # a folder is named run-DATE_TIME-ID: file times are lost where somebody copies them
+    names = [(p.parent.name.removeprefix("offline-"), p) for p in Path(folder).rglob("run-*.wandb")]
+    files = [path for _, path in sorted(names)]
+    if not files:
+        raise StudyError(f"{folder} holds no wandb run (no run-*.wandb file below it)")
+    return [run for path in files if (run := read_wandb_run(path))["id"] is not None]
+
+
 def read_wandb_run(path: Path | str) -> dict:
     """One ``.wandb`` file: ``id``, ``config``, ``summary`` and ``history`` (a list of dicts).
 
-    A file cut off by a kill is read as far as it is whole.
+    A file cut off by a kill is read as far as it is whole; one damaged in the middle is read on behind that.
+    ``id`` is None where the run's own record is missing.
     """
     try:
         from wandb.proto import wandb_internal_pb2
@@ -130,8 +151,7 @@ def read_wandb_run(path: Path | str) -> dict:
         raise StudyError("reading wandb files needs the package wandb: scaling[wandb]") from error
     out: dict = {"id": None, "config": {}, "summary": {}, "history": []}
     for data in log_records(Path(path).read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+        record = wandb_internal_pb2.Record.FromString(data)
         kind = record.WhichOneof("record_type")
         if kind == "run":
             out["id"] = record.run.run_id
@@ -151,23 +171,35 @@ def items(entries) -> dict:
 
 
 def log_records(data: bytes) -> Iterator[bytes]:
-    """The whole records of a LevelDB log with wandb's file header; stops at the first torn one."""
+    """The whole records of a LevelDB log with wandb's file header, each checked by its CRC-32 (of IEEE).
+
+    Blocks of 32 KiB hold parts: checksum, length and kind, then data; a record has one (FULL) or several
+    (FIRST, MIDDLE, ..., LAST). A damaged part ends its block and its record; the next block is read.
+    LevelDB's own files have a checksum of another polynomial.
+    """
     if data[:4] != b":W&B":
         raise StudyError("a .wandb file does not begin with ':W&B'; it is not a wandb run file")
-    position, parts = FILE_HEADER, []
+    position, parts = FILE_HEADER, None
     while position + RECORD_HEADER <= len(data):
         left = BLOCK - position % BLOCK
         if left < RECORD_HEADER:  # the tail of a block is padding
             position += left
             continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        start = position + RECORD_HEADER
-        if kind not in (FULL, FIRST, MIDDLE, LAST) or start + length > len(data):
-            return
-        parts = [*(parts if kind in (MIDDLE, LAST) else []), data[start : start + length]]
+        checksum, length, kind = struct.unpack_from("<IHB", data, position)
+        part = data[position + RECORD_HEADER : position + RECORD_HEADER + length]
+        whole = kind in (FULL, FIRST, MIDDLE, LAST) and len(part) == length <= left - RECORD_HEADER
+        if not whole or zlib.crc32(part, zlib.crc32(bytes([kind]))) != checksum:
+            position, parts = position + left, None
+            continue
+        if kind in (FULL, FIRST):
+            parts = [part]
+        elif parts is not None:  # else the record's beginning is lost
+            parts.append(part)
         if kind in (FULL, LAST):
-            yield b"".join(parts)
-        position = start + length
+            if parts is not None:
+                yield b"".join(parts)
+            parts = None
+        position += RECORD_HEADER + length
 
 
 def flatten(value: Mapping, prefix: str = "") -> dict:
