@@ -44,6 +44,21 @@ STUDIES: dict[str, tuple] = {
         {"E": 1.87, "A": 521.0, "B": 1488.0, "alpha": 0.3527, "R_N": 5.31, "R_D": 15.39},
         lambda: _grid(N=_over(5e7, 3e10, 6), D=_over(1e9, 1e12, 7), U=(1e9, 1e10, 1e11)), NOISE,
     ),
+    "precision": (
+        {"E": 2.76, "A": 4299.0, "B": 18060.0, "alpha": 0.4965, "beta": 0.4965, "gamma_w": 2.6745},
+        lambda: _grid(N=_over(3e7, 1e9, 5), D=_over(1.5e9, 2.6e10, 4), P=(3, 4, 6, 8, 12, 16)), NOISE,
+    ),
+    "precision_joint": (
+        {"E": 2.76, "A": 4299.0, "B": 18060.0, "alpha": 0.4965, "beta": 0.4965, "gamma_w": 2.6745,
+         "gamma_a": 2.2102, "gamma_c": 0.9578},
+        lambda: _grid(N=_over(3e7, 1e9, 4), D=_over(1.5e9, 2.6e10, 3), P=(3, 6, 16), Pa=(3, 6, 16),
+                      Pc=(2, 3, 16)), NOISE,
+    ),
+    "post_training": (
+        {"K": 0.0598, "alpha": 0.3439, "beta": 0.5068, "gamma": 0.5907},
+        lambda: _grid(N=_over(3e7, 1e9, 5), D=_over(1.5e9, 2.6e10, 4), P=(3, 4, 5, 6)), 0.05,
+    ),
+    "qat_share": ({"a": 6.7297}, lambda: {"T": _over(20, 5000, 30)}, 0.1),
 }  # fmt: skip
 
 

@@ -12,16 +12,30 @@ import numpy as np
 
 import fits
 from fits.laws import get_law
-from fits.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, label_log_axis, panels, png, short, styled
+from fits.laws.precision import SIZE
+from fits.planted import STUDIES
+from fits.plots.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    label_log_axis,
+    panels,
+    png,
+    scientific,
+    short,
+    styled,
+)
 
-SIZE = (5.6, 3.4)
+ONE = (5.6, 3.4)
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
 
 
 @styled
 def data_constrained():
     """Loss against tokens, with new tokens and with one pool of them repeated."""
-    figure, [ax] = panels(None, 1, SIZE)
+    figure, [ax] = panels(None, 1, ONE)
     law, p, pool = get_law("data_constrained_tied"), get_law("data_constrained_tied").PUBLISHED, 1e10
     D = np.geomspace(2e9, 1e12, 200)
     for unique, name, colour in ((np.inf, "new tokens", GREY), (pool, "10B tokens, repeated", BLUE)):
@@ -62,7 +76,29 @@ def serving():
     return figure
 
 
-PICTURES = {f.__name__: f for f in (data_constrained, serving)}
+@styled
+def precision():
+    """The best share of quantization-aware training, and the loss of planted constants against bits."""
+    figure, axes = panels(None, 2, (7.6, 3.2))
+    S = np.geomspace(5, 1e4, 200)
+    axes[0].plot(S, get_law("qat_share").predict(get_law("qat_share").PUBLISHED, {"T": S}), color=BLUE)
+    axes[0].plot((40, 2000), (0.161, 0.413), "o", color=ORANGE, label="published")
+    axes[0].set(xscale="log", xlabel="tokens a parameter-byte", ylabel="share trained quantization-aware")
+    label_log_axis(axes[0].xaxis, short)
+    law, p = get_law("precision_joint"), {k: np.array([v]) for k, v in STUDIES["precision_joint"][0].items()}
+    bits = np.linspace(2, 16, 100)
+    for budget, colour in ((1e20, GREEN), (1e21, BLUE), (1e22, ORANGE)):
+        loss = SIZE.answer(law, p, {"flops": budget, "weight_bits": bits})["loss"]
+        axes[1].plot(bits, loss, color=colour, label=f"{scientific(budget)} FLOPs")
+    best = law.questions["bits"].answer(law, p, {"flops": 1e21})["bits"]
+    axes[1].axvline(float(best[0]), color=GREY, lw=0.8, ls=":")
+    axes[1].set(xlabel="bits of all three", ylabel="loss at the best size", title="planted constants")
+    for ax in axes:
+        ax.legend()
+    return figure
+
+
+PICTURES = {f.__name__: f for f in (data_constrained, serving, precision)}
 
 
 def main() -> None:

@@ -17,13 +17,15 @@ from fits.laws.basic import Chinchilla, Kaplan, PowerC, PowerD, PowerN, Product,
 from fits.laws.batch import StepsBatch
 from fits.laws.broken import BrokenC, BrokenD
 from fits.laws.overtraining import Overtraining
+from fits.laws.precision import PostTraining, Precision, PrecisionJoint, QatShare
 from fits.laws.repetition import DataConstrained, DataConstrainedTied
 
 LAWS: dict[str, Law] = {
     law.name: law
     for law in (
         Chinchilla(), Tied(), Kaplan(), PowerN(), PowerD(), PowerC(), Product(), Overtraining(),
-        DataConstrained(), DataConstrainedTied(), BrokenD(), BrokenC(), StepsBatch(),
+        DataConstrained(), DataConstrainedTied(), BrokenD(), BrokenC(), StepsBatch(), Precision(),
+        PrecisionJoint(), PostTraining(), QatShare(),
     )
 }  # fmt: skip
 
