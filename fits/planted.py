@@ -59,6 +59,14 @@ STUDIES: dict[str, tuple] = {
         lambda: _grid(N=_over(3e7, 1e9, 5), D=_over(1.5e9, 2.6e10, 4), P=(3, 4, 5, 6)), 0.05,
     ),
     "qat_share": ({"a": 6.7297}, lambda: {"T": _over(20, 5000, 30)}, 0.1),
+    "fine_grained": (
+        {"E": 0.47, "A": 18.1, "K": 2.1, "B": 30.8, "alpha": 0.115, "gamma": 0.58, "beta": 0.147},
+        lambda: _grid(N=_over(1e7, 1e10, 5), D=_over(1e9, 1e12, 4), G=(1, 2, 4, 8, 16, 32)), 2e-4,
+    ),
+    "leverage": (
+        {"a": 1.23, "d": -7.61e-2, "c": 1.67e-2, "b": -1.17e-1, "X0": 1.63e-2},
+        lambda: _grid(X=_over(0.01, 0.5, 6), G=(1, 2, 4, 8, 16), C=_over(1e18, 1e22, 4)), 0.02,
+    ),
 }  # fmt: skip
 
 

@@ -98,7 +98,31 @@ def precision():
     return figure
 
 
-PICTURES = {f.__name__: f for f in (data_constrained, serving, precision)}
+@styled
+def moe():
+    """The best granularity against the budget, and leverage against the active share."""
+    figure, axes = panels(None, 2, (7.6, 3.2))
+    budgets = np.geomspace(1e17, 1e26, 13)
+    got = [fits.ask("fine_grained", "granularity", flops=c)["granularity"] for c in budgets]
+    axes[0].plot(budgets, got, color=BLUE, label="continuous")
+    axes[0].plot((2.95e18, 1.93e20, 6.46e21, 4.97e25), (8, 16, 32, 64), "o", color=ORANGE, label="published")
+    axes[0].set(xscale="log", xlabel="training FLOPs", ylabel="best granularity")
+    axes[0].set_yscale("log", base=2)
+    axes[0].yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    label_log_axis(axes[0].xaxis, scientific)
+    law, share = get_law("leverage"), np.geomspace(0.008, 1, 100)
+    for budget, colour in ((1e20, GREEN), (1e22, ORANGE)):
+        x = {"X": share, "G": 12.0, "C": budget}
+        axes[1].plot(share, law.predict(law.PUBLISHED, x), color=colour, label=f"{scientific(budget)} FLOPs")
+    axes[1].axhline(1, color=GREY, lw=0.8, ls=":")
+    axes[1].set(xscale="log", xlabel="active share of experts", ylabel="leverage over a dense model")
+    axes[1].xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    for ax in axes:
+        ax.legend()
+    return figure
+
+
+PICTURES = {f.__name__: f for f in (data_constrained, serving, precision, moe)}
 
 
 def main() -> None:
