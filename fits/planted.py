@@ -67,6 +67,14 @@ STUDIES: dict[str, tuple] = {
         {"a": 1.23, "d": -7.61e-2, "c": 1.67e-2, "b": -1.17e-1, "X0": 1.63e-2},
         lambda: _grid(X=_over(0.01, 0.5, 6), G=(1, 2, 4, 8, 16), C=_over(1e18, 1e22, 4)), 0.02,
     ),
+    "upcycling": (
+        {"E": 1.6, "A": 30.0, "a1": 0.12, "a2": 0.25, "a3": 0.005},
+        lambda: _grid(D1=_over(1e8, 1e12, 6), D=_over(1e8, 1e12, 7)), 1e-3,
+    ),
+    "average_params": (
+        {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28},
+        lambda: _grid(Na=_over(5e7, 1e10, 7), D=_over(1e9, 1e12, 6)), NOISE,
+    ),
 }  # fmt: skip
 
 

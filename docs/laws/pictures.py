@@ -12,6 +12,7 @@ import numpy as np
 
 import fits
 from fits.laws import get_law
+from fits.laws.growth import ramp_average
 from fits.laws.precision import SIZE
 from fits.planted import STUDIES
 from fits.plots.style import (
@@ -29,6 +30,7 @@ from fits.plots.style import (
 )
 
 ONE = (5.6, 3.4)
+SCRATCH = {"E": 1.6, "K": 40.0, "beta": 0.25}  # of a model from scratch, beside planted up-cycled ones
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
 
 
@@ -122,7 +124,32 @@ def moe():
     return figure
 
 
-PICTURES = {f.__name__: f for f in (data_constrained, serving, precision, moe)}
+@styled
+def growth():
+    """Loss of up-cycled models by dense tokens against one from scratch; losses at equal average sizes."""
+    figure, axes = panels(None, 2, (7.6, 3.2))
+    law, p, D = get_law("upcycling"), STUDIES["upcycling"][0], np.geomspace(1e9, 3e12, 200)
+    for dense, colour in ((1e9, GREEN), (1e11, BLUE), (1e13, PURPLE)):
+        axes[0].plot(
+            D, law.predict(p, {"D1": dense, "D": D}), color=colour, label=f"after {short(dense)} dense"
+        )
+    axes[0].plot(
+        D, SCRATCH["E"] + SCRATCH["K"] * D ** -SCRATCH["beta"], color=GREY, ls="--", label="from scratch"
+    )
+    axes[0].set(xscale="log", xlabel="tokens after up-cycling", ylabel="loss", title="planted constants")
+    label_log_axis(axes[0].xaxis, short)
+    ends = np.linspace(0, 1, 100)
+    for start, colour in ((0.0, BLUE), (0.25, ORANGE), (0.5, GREEN)):
+        inside = ends[ends >= start]
+        average = ramp_average(1.0, 0.2, start, inside)
+        axes[1].plot(inside, average, color=colour, label=f"pruned to 20 % from {start:g}")
+    axes[1].set(xlabel="share of training at which the ramp ends", ylabel="average parameters / N")
+    for ax in axes:
+        ax.legend()
+    return figure
+
+
+PICTURES = {f.__name__: f for f in (data_constrained, serving, precision, moe, growth)}
 
 
 def main() -> None:

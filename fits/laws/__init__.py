@@ -16,6 +16,7 @@ from fits.laws.base import COLUMN_OF, EXPONENT_BOUNDS, Law, PowerSum, Question, 
 from fits.laws.basic import Chinchilla, Kaplan, PowerC, PowerD, PowerN, Product, Tied
 from fits.laws.batch import StepsBatch
 from fits.laws.broken import BrokenC, BrokenD
+from fits.laws.growth import AverageParams, Upcycling
 from fits.laws.moe import FineGrained, Leverage
 from fits.laws.overtraining import Overtraining
 from fits.laws.precision import PostTraining, Precision, PrecisionJoint, QatShare
@@ -27,6 +28,7 @@ LAWS: dict[str, Law] = {
         Chinchilla(), Tied(), Kaplan(), PowerN(), PowerD(), PowerC(), Product(), Overtraining(),
         DataConstrained(), DataConstrainedTied(), BrokenD(), BrokenC(), StepsBatch(), Precision(),
         PrecisionJoint(), PostTraining(), QatShare(), FineGrained(), Leverage(),
+        Upcycling(), AverageParams(),
     )
 }  # fmt: skip
 
