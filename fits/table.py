@@ -139,7 +139,8 @@ def clean(
     used = np.array([not r for r in reasons], bool)
     if not used.any():
         raise FitError(f"none of the table's {n} rows can be used; {_count_reasons(reasons)}")
-    _check_units(numbers, used, "flops" in raw)
+    if not _other_trainer(source, used):
+        _check_units(numbers, used, "flops" in raw)
     rows = [
         {"row": i, "outcome": "used" if used[i] else "excluded", "reason": reasons[i], "flags": []}
         | {c: _plain(numbers[c][i]) for c in wanted}
@@ -290,6 +291,12 @@ def _count_reasons(reasons: list[str]) -> str:
         counts[r] = counts.get(r, 0) + 1
     top = sorted(counts.items(), key=lambda kv: -kv[1])[:3]
     return "; ".join(f"{count} because {reason}" for reason, count in top)
+
+
+def _other_trainer(source, used) -> bool:
+    """Whether the rows are no language models: what is usual in N and D says nothing of their units."""
+    names = source.get("trainer", np.array([None] * len(used)))[used]
+    return any(str(name) not in ("None", "nan", "") for name in names)
 
 
 def _check_units(numbers, used, has_flops: bool):

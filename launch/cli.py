@@ -259,13 +259,29 @@ def export(study, cell, out, dtype, tokenizer, as_json):
 @click.argument("table", type=click.Path(path_type=Path))
 @fit_options
 @click.option("--out", type=click.Path(path_type=Path), help="Fit file (default: STUDY/fits/LAW.json).")
+@click.option("--by", metavar="COLUMN", help="No law: of each group of runs the frontier's exponents.")
 @json_option
-def fit(table, out, as_json, **options):
+def fit(table, out, by, as_json, **options):
     """Fit a law to TABLE: a study folder, or any .csv, .parquet or .jsonl table of runs.
 
     A table needs columns for parameters, tokens and loss; --map names them. Prints the law with
     intervals, what to doubt first. Exit code 1 where the fit cannot be trusted.
+
+    --by family: for losses without a floor, N* ~ C^a and loss ~ C^-x of each family from isoFLOP parabolas,
+    beside the true exponents where the study is of a problem of known law; exit code 1 where they disagree.
     """
+    if by is not None:
+        from launch import frontiers
+
+        rows = frontiers.frontiers(table, by, options)
+        path = frontiers.save(rows, table, by, out)
+
+        def show() -> None:
+            console.print(frontiers.as_table(rows))
+            console.print(f"written to {path}", soft_wrap=True)
+
+        emit(as_json, rows, show)
+        return 1 if any(row["holds"] is False or row["refused"] for row in rows) else 0
     from launch import fitting
 
     result = fitting.fit(table, options)

@@ -15,6 +15,7 @@ from scaling.optim import hyper_parameters
 from scaling.program import Static, first_state
 from scaling.records import progress
 from scaling.step import eval_params
+from scaling.trainers import refuse
 
 
 def choose_cell(study: Path | str, which: str) -> dict:
@@ -51,6 +52,8 @@ def trained_params(study: Path | str, cell: str) -> tuple[dict, dict, int]:
       StudyError: the cell is being trained, or has no checkpoint.
     """
     folder = CellFolder(study, cell)
+    if folder.config.exists():
+        refuse(read_json(folder.config), "scaling export")
     if not folder.checkpoints.is_dir() or not folder.config.exists():
         raise StudyError(
             f"cell {cell} of {study} has no checkpoint; train it with `scaling run {study} --cell {cell}`"

@@ -178,6 +178,8 @@ def cost_and_shape(study: Path | None):
         return None, None
     manifest = read_manifest(study)
     config = manifest["config"]
+    if "trainer" in config:
+        return None, None
     recipe = recipe_from_config(config["recipe"])
     model = {"vocab": manifest["data"]["vocab"], **config["model"]}
     seq = manifest["cells"][0]["config"]["data"]["seq"]

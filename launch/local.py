@@ -158,9 +158,8 @@ def available_bytes() -> float:
 
 def largest_cell(entries: list[dict]) -> float:
     """Bytes of the largest cell's step, by the estimate of ``scaling.flops.memory_bytes``."""
-    shapes = (
-        (e["config"]["model"], e["config"]["train"]["batch"], e["config"]["data"]["seq"]) for e in entries
-    )
+    models = (e["config"] for e in entries if "model" in e["config"])  # other cells: no estimate
+    shapes = ((c["model"], c["train"]["batch"], c["data"]["seq"]) for c in models)
     return max((float(memory_bytes(*shape).total) for shape in shapes), default=0.0)
 
 

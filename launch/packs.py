@@ -29,7 +29,7 @@ def cells_that_fit(config: Mapping, how: str, on_cpu: bool, peak: float | None, 
       config: a cell. how: ``auto``, ``off``, ``turns`` or ``vmap``; the last two pack even on CPU.
       on_cpu: whether the device is a CPU. peak: its FLOP/s; memory: its bytes; None where not known.
     """
-    if how == "off" or (how == "auto" and on_cpu):
+    if how == "off" or (how == "auto" and on_cpu) or "trainer" in config:
         return 1
     model, batch, seq = config["model"], config["train"]["batch"], config["data"]["seq"]
     bytes_each = memory_bytes(model, batch, seq).total

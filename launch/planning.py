@@ -15,6 +15,8 @@ def manifest_of(settings: Mapping) -> dict:
     Raises:
       ConfigError, StudyError: data that is not there, or a grid of which nothing can be trained.
     """
+    if "trainer" in settings:
+        return plan(settings, {})
     dataset = open_data(validate_section("data", settings["data"]))
     return plan(settings, data_facts(dataset, settings["data"].get("seq", 128)))
 

@@ -63,10 +63,10 @@ def plan_rows(manifest: dict, estimate: dict | None) -> list[dict[str, str]]:
                 "N non-emb": si(got["params_nonembedding"]),
                 "D": si(got["tokens"]),
                 "D/N": f"{got['ratio']:.3g}",
-                "shape": f"{config['model']['layers']}x{config['model']['d_model']}",
+                "shape": "-" if "trainer" in config else "{layers}x{d_model}".format(**config["model"]),
                 "batch": str(config["train"]["batch"]),
                 "steps": str(config["train"]["steps"]),
-                "LR": f"{config['optim']['lr']:.3g}",
+                "LR": "-" if "trainer" in config else f"{config['optim']['lr']:.3g}",
                 "memory": f"{guess['bytes'] / 2**20:.0f} MB" if guess["bytes"] else "-",
                 "time": duration(guess["seconds"]),
                 "role": role_words(cell),
@@ -121,10 +121,11 @@ def plan(console: Console, manifest: dict, estimate: dict | None, study: Path, o
         console.print(f"[yellow]dropped[/] N {target['params']:.3g}, {at}: {escape(dropped['reason'])}")
     data = manifest["data"]
     total = sum(map(spent_flops, manifest["cells"]))
-    console.print(
-        f"data: {si(data['unique_tokens'])} training tokens, {si(data['heldout_tokens'])} held out, "
-        f"vocabulary {data['vocab']}, fingerprint {data['fingerprint'][:12]}"
-    )
+    if data:
+        console.print(
+            f"data: {si(data['unique_tokens'])} training tokens, {si(data['heldout_tokens'])} held out, "
+            f"vocabulary {data['vocab']}, fingerprint {data['fingerprint'][:12]}"
+        )
     if "ideal_loss" in data:
         console.print(
             f"the source's entropy rate is {data['entropy_rate']:.5f} nats per token; a perfect model's "
@@ -280,14 +281,16 @@ def sentinels(console: Console, study: Path) -> None:
         console.print(("[yellow]warning:[/] " if warning else "") + escape(said), soft_wrap=True)
 
 
-def estimate(manifest: dict) -> dict:
-    """Time and memory of every cell on this device."""
+def estimate(manifest: dict) -> dict | None:
+    """Time and memory of every cell on this device; None for cells that are no language models."""
     from launch.local import default_workers
     from launch.packs import describe
     from launch.work import pack_size
     from scaling.estimate import estimate_cells
 
     cells = manifest["cells"]
+    if "trainer" in manifest["config"]:
+        return None
     return {
         **estimate_cells(cells, default_workers(len(cells))),
         "packing": describe(cells, pack_size("auto")),

@@ -13,8 +13,8 @@ from scaling.attempts import attempts_of, tally
 from scaling.branches import spent_flops
 from scaling.claims import PATIENCE, attempt_name, outcome
 from scaling.files import CellFolder, read_json
-from scaling.flops import ledger
 from scaling.records import mfu, read_manifest, read_result
+from scaling.trainers import account_of, tokens_per_step
 
 STALLED_BEATS = 6
 """Heartbeats without a step after which a cell that was training is called stalled."""
@@ -84,8 +84,8 @@ def cell_status(study: Path | str, entry: dict) -> dict:
     row["state"] = state_of(last, seconds_since(folder, last["attempt"]))
     row["step"] = max(row["step"], last["step"] or 0)
     if row["state"] == "training" and (rate := last.get("steps_per_second")):
-        tokens = config["train"]["batch"] * config["data"]["seq"]
-        speed = ledger(config["model"], config["data"]["seq"]).train_flops(rate * tokens)
+        tokens = tokens_per_step(config)
+        speed = account_of(config).train_flops(rate * tokens)
         row |= {
             "tokens_per_second": rate * tokens,
             "mfu": mfu(speed / last.get("devices", 1), last.get("device_kind", "")),

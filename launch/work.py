@@ -48,6 +48,7 @@ def try_cells(study: Path, entries: list[dict], execution, keeper: Keeper, stop=
       StorageError: the study cannot be written. Preempted: ``stop`` was set.
     """
     from scaling import hosts
+    from scaling.run_trainer import run_trainer
     from scaling.train import Preempted, train_pack
 
     with contextlib.ExitStack() as claims:
@@ -73,7 +74,11 @@ def try_cells(study: Path, entries: list[dict], execution, keeper: Keeper, stop=
             claim.record |= {**device_words(execution), "pack": len(held)}
 
         try:
-            train_pack([job_of(study, e) for e in entries if e["id"] in held], execution, None, on_step)
+            jobs = [job_of(study, e) for e in entries if e["id"] in held]
+            if "trainer" in jobs[0].cell:  # never packed
+                run_trainer(jobs[0], on_step)
+            else:
+                train_pack(jobs, execution, None, on_step)
             reason, final, log = None, False, ""
         except Preempted:
             for claim in held.values() if is_cancelled(study) else ():
@@ -195,7 +200,7 @@ def follow(study: Path, entries: dict[str, dict], execution) -> None:
 
     while (names := hosts.agree(None)) is not None:
         with contextlib.suppress(ConfigError, StudyError):  # the first process meets the same and notes it
-            if names:
+            if names and "trainer" not in entries[names[0]]["config"]:  # the first process runs these alone
                 train_pack([job_of(study, entries[name]) for name in names], execution)
 
 

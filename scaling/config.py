@@ -274,7 +274,8 @@ def validate_cell(cell: Mapping) -> dict:
     """Checks a cell config and fills in the defaults.
 
     Args:
-      cell: sections ``model, data, optim, schedule, train, eval, precision, upcycle`` as nested mappings.
+      cell: sections ``model, data, optim, schedule, train, eval, precision, upcycle`` as nested mappings; or
+        ``trainer`` and ``train``, of a cell that is no language model (``scaling.trainers``).
 
     Returns:
       A new plain dict with every field of ``SCHEMA`` present, in schema order.
@@ -282,6 +283,10 @@ def validate_cell(cell: Mapping) -> dict:
     Raises:
       ConfigError: an unknown section or key, a missing field, a wrong type or a value out of range.
     """
+    if "trainer" in cell:
+        from scaling import trainers  # it needs this module
+
+        return trainers.validate(cell)
     check_keys("the cell", cell, SCHEMA)
     out = {section: validate_section(section, cell.get(section, {})) for section in SCHEMA}
     if out["schedule"]["warmup_steps"] >= out["train"]["steps"]:
@@ -545,6 +550,10 @@ def canonical_json(value: Any) -> str:
 
 def cell_id(cell: Mapping) -> str:
     """The cell's id: 16 hex digits of SHA-256 over the canonical JSON of every hashed field."""
+    if "trainer" in cell:
+        from scaling import trainers
+
+        return _digest(trainers.hashed(cell))
     hashed = {
         section: {
             k: cell[section][k] if field.content is None else field.content(cell[section][k])
@@ -554,7 +563,11 @@ def cell_id(cell: Mapping) -> str:
         for section, fields in SCHEMA.items()
     }
     # a section of later fields alone, all of them at their defaults, is not there
-    text = canonical_json({"version": SCHEMA_VERSION, **{k: v for k, v in hashed.items() if v}})
+    return _digest({k: v for k, v in hashed.items() if v})
+
+
+def _digest(hashed: Mapping) -> str:
+    text = canonical_json({"version": SCHEMA_VERSION, **hashed})
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

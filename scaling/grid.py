@@ -11,12 +11,14 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+from scaling import trainers
 from scaling.branches import reference_tokens, with_trunks
 from scaling.config import SCHEMA, ConfigError, canonical_json, cell_id, validate_cell, validate_section
 from scaling.files import StudyError, read_json, write_json
-from scaling.flops import CONVENTIONS, ledger
+from scaling.flops import ledger
 from scaling.recipe import Recipe, batch_sequences, fitted_shape, hparams, recipe_from_config, round4, shape
 from scaling.sentinels import sentinel_entries
+from scaling.trainers import achieved
 from scaling.upcycle import dense_cell, filled, with_shape_of
 
 MANIFEST_SCHEMA = 1
@@ -80,7 +82,7 @@ def plan(study: Mapping, data: Mapping) -> dict:
     Args:
       study: from ``scaling.study.validate_study``.
       data: what is known of the data set: ``fingerprint``, ``vocab``, ``unique_tokens`` (training
-        tokens in one pass), ``heldout_tokens``, ``bytes_per_token``.
+        tokens in one pass), ``heldout_tokens``, ``bytes_per_token``. Empty for a trainer's study.
 
     Returns:
       The manifest, plain JSON: ``study, revision, config, data, flops_convention, cells, dropped``.
@@ -88,9 +90,11 @@ def plan(study: Mapping, data: Mapping) -> dict:
     Raises:
       ConfigError: a config that cannot be run, or a grid with no cell left.
     """
-    recipe = recipe_from_config(study["recipe"])
-    check_data(study, data)
-    study = absolute_path(study)
+    recipe = None
+    if "trainer" not in study:
+        recipe = recipe_from_config(study["recipe"])
+        check_data(study, data)
+        study = absolute_path(study)
     cells, dropped, seen = [], [], {}
     wanted = targets(study)
     groups = trunk_groups(study, recipe, wanted, data) if study["grid"]["trunks"] else {}
@@ -126,6 +130,7 @@ def plan(study: Mapping, data: Mapping) -> dict:
     if study["grid"]["trunks"]:
         cells = with_trunks(cells, entry)
     cells = cells + brackets
+    truths = trainers.truths_of([e["config"] for e in cells])
     return {
         "schema": MANIFEST_SCHEMA,
         "study": study["name"],
@@ -135,6 +140,7 @@ def plan(study: Mapping, data: Mapping) -> dict:
         "flops_convention": study["flops_convention"],
         "cells": cells,
         "dropped": dropped,
+        **({"truths": truths} if truths else {}),
     }
 
 
@@ -209,9 +215,12 @@ def trunk_groups(study: Mapping, recipe: Recipe, wanted: list[Target], data: Map
 
 
 def resolve(
-    study: Mapping, recipe: Recipe, target: Target, data: Mapping, trunk: list[float] | None = None
+    study: Mapping, recipe: Recipe | None, target: Target, data: Mapping, trunk: list[float] | None = None
 ) -> dict:
     """One target as a whole, validated cell config; ``trunk``: every D of the trunk that it shares."""
+    if recipe is None:
+        wanted = (target.params, target.tokens, target.flops, target.seed, target.overrides)
+        return trainers.resolve(study, *wanted)
     seq = study["data"].get("seq", 128)
     model, params, tokens = sized(study, recipe, target, data)
     shared = trunk is not None and len(trunk) > 1
@@ -276,34 +285,22 @@ def why_drop(grid: Mapping, target: Target, cell: Mapping, data: Mapping, conven
     bounds = grid["tokens_per_param"]
     if bounds is not None and not bounds[0] <= got["ratio"] <= bounds[1]:
         return f"{got['ratio']:.3g} tokens per parameter, outside grid.tokens_per_param = {bounds}"
-    passed = cell["upcycle"]["first_row"] * cell["data"]["seq"]
-    epochs = (passed + got["tokens"]) / unique_tokens(cell, data)
+    epochs = epochs_of(cell, got["tokens"], data) if data else 1.0
     if epochs > grid["max_epochs"]:
         return f"{epochs:.3g} epochs, more than grid.max_epochs = {grid['max_epochs']:g}"
     return None
+
+
+def epochs_of(cell: Mapping, tokens: float, data: Mapping) -> float:
+    """Passes over its data that end with a cell; of an up-cycled one those of the dense cell count too."""
+    passed = cell["upcycle"]["first_row"] * cell["data"]["seq"]
+    return (passed + tokens) / unique_tokens(cell, data)
 
 
 def unique_tokens(cell: Mapping, data: Mapping) -> int:
     """Training tokens in one pass of a cell: the data's, or those of its own ``data.unique_tokens``."""
     own, seq = cell["data"]["unique_tokens"], cell["data"]["seq"]
     return data["unique_tokens"] if own is None else min(data["unique_tokens"], (own - 1) // seq * seq)
-
-
-def achieved(cell: Mapping) -> dict:
-    """What a cell really is: N under each convention, D, D/N, FLOPs under each convention."""
-    seq = cell["data"]["seq"]
-    account = ledger(cell["model"], seq)
-    tokens = cell["train"]["steps"] * cell["train"]["batch"] * seq
-    return {
-        "params_total": account.params_total,
-        "params_active": account.params_active,
-        "params_nonembedding": account.params_nonembedding,
-        "params_embedding": account.params_embedding,
-        "tokens": tokens,
-        "ratio": tokens / account.params_total,
-        "flops": account.train_flops(tokens, "exact"),
-        "flops_by_convention": {c: account.train_flops(tokens, c) for c in CONVENTIONS},
-    }
 
 
 def entry(name: str, cell: Mapping, target: Mapping) -> dict:

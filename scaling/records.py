@@ -18,9 +18,8 @@ from scaling.chips import peak_flops
 from scaling.claims import outcome
 from scaling.config import cell_id, validate_cell
 from scaling.files import CellFolder, StudyError, read_json, read_jsonl, write_whole
-from scaling.flops import ledger
-from scaling.formats import bits
 from scaling.sentinels import brackets, words
+from scaling.trainers import account_of, columns_of, tokens_per_step
 
 RESULTS = ("finished", "diverged")
 STATUSES = ("finished", "diverged", "failed", "preempted", "running", "planned")
@@ -41,7 +40,8 @@ COLUMNS = {
     "study": "name of the study",
     "cell": "id of the cell: a hash of its config",
     "run": "number of the last attempt at the cell; 0 before the first",
-    "family": "model family",
+    "family": "model family; of a trainer's cells, what they share but for size, steps and seed",
+    "trainer": "what was trained, where it is no language model (scaling.trainers)",
     "seed": "training seed (initialisation and data order)",
     "role": "cell, trunk (constant rate: not for a fit), branch (a cooldown that left a trunk) or sentinel "
     "(off the recipe on purpose: not for a fit)",
@@ -136,12 +136,11 @@ def collect(study: Path | str) -> pd.DataFrame:
 def cell_rows(manifest: Mapping, entry: Mapping, folder: CellFolder) -> list[dict]:
     """The rows of one cell: one an evaluation, the final one last."""
     config = entry["config"]
-    account = ledger(config["model"], config["data"]["seq"])
+    account, batch_tokens = account_of(config), tokens_per_step(config)
     base = {
         "study": manifest["study"],
         "cell": entry["id"],
         "run": attempts_begun(folder),
-        "family": config["model"]["family"],
         "seed": config["train"]["seed"],
         "role": entry.get("role", "cell"),
         "trunk": entry.get("trunk"),
@@ -152,11 +151,9 @@ def cell_rows(manifest: Mapping, entry: Mapping, folder: CellFolder) -> list[dic
         "params_active": account.params_active,
         "params_embedding": account.params_embedding,
         "params_nonembedding": account.params_nonembedding,
-        "batch_tokens": config["train"]["batch"] * config["data"]["seq"],
+        "batch_tokens": batch_tokens,
         "steps": config["train"]["steps"],
-        "lr": config["optim"]["lr"],
-        **{f"dense_{k}": config.get("upcycle", {}).get(k) for k in ("cell", "tokens", "flops")},
-        **{f"{operand[:-1]}_bits": b for operand, b in bits(config).items()},
+        **columns_of(config),
     }
     if not folder.result.exists():
         status, reason = unfinished(folder)
@@ -196,12 +193,12 @@ def cell_rows(manifest: Mapping, entry: Mapping, folder: CellFolder) -> list[dic
                 "unique_tokens": min(result["unique_tokens"], tokens),
                 "loss": score["loss"],
                 "loss_stderr": score["loss_stderr"],
-                "bits_per_byte": score["bits_per_byte"],
+                "bits_per_byte": score.get("bits_per_byte"),
                 **score.get("probes", {}),
                 **{c: account.train_flops(tokens, name) for c, name in CONVENTIONS.items()},
             }
         )
-        own = tokens - entry.get("fork", 0) * config["train"]["batch"] * config["data"]["seq"]
+        own = tokens - entry.get("fork", 0) * batch_tokens
         rows[-1]["flops_spent"] = account.train_flops(max(0, own), "exact")
     return rows
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from scaling import trainers
 from scaling.config import SCHEMA, ConfigError, check_field, check_keys, to_plain
 from scaling.flops import CONVENTIONS
 from scaling.recipe import for_parametrization, recipe_from_config
@@ -53,6 +54,8 @@ GRID_DEFAULTS = {
     "sentinels": None,
 }
 STUDY_KEYS = ("name", "grid", "recipe", "flops_convention", "seeds", *SCHEMA)
+TRAINER_KEYS = ("name", "grid", "flops_convention", "seeds", "trainer", "train")
+"""Of a study of a trainer's cells (``scaling.trainers``)."""
 
 
 def load_study(path: Path | str, overrides: list[str] = ()) -> dict:
@@ -138,7 +141,8 @@ def validate_study(config: Mapping) -> dict:
             f"get_config() returned {type(config).__name__}; it must return a ConfigDict or a dict"
         )
     config = to_plain(config)
-    check_keys("the study", config, list(STUDY_KEYS))
+    trainer = trainers.of(config)
+    check_keys("the study", config, list(STUDY_KEYS if trainer is None else TRAINER_KEYS))
     name = config.get("name")
     if not isinstance(name, str) or not name or "/" in name:
         raise ConfigError(f"name is {name!r}; it must be a non-empty string without slashes")
@@ -150,6 +154,10 @@ def validate_study(config: Mapping) -> dict:
         raise ConfigError(f"seeds is {seeds!r}; it must be a non-empty list of integers from 0 to 2^31 - 1")
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"seeds is {seeds!r}; a seed is listed twice")
+    if trainer is not None:
+        sections = {"trainer": trainer.fields, "train": trainers.TRAIN}
+        config["grid"] = validate_grid(config.get("grid"), sections)
+        return trainers.validate_study(config)
     for section, fields in SCHEMA.items():
         _check_section(config, section, fields)
     config["grid"] = validate_grid(config.get("grid"))
@@ -187,8 +195,8 @@ def _check_section(config: dict, section: str, fields: Mapping) -> None:
         raise ConfigError("model.head_dim is missing; it must be a positive even integer")
 
 
-def validate_grid(grid) -> dict:
-    """Checks the ``grid`` section.
+def validate_grid(grid, sections: Mapping = SCHEMA) -> dict:
+    """Checks the ``grid`` section; ``sections``: of a cell, whose fields a listed one may set.
 
     Raises:
       ConfigError: naming the field, the value and what would be valid.
@@ -228,7 +236,7 @@ def validate_grid(grid) -> dict:
         if bounds[0] >= bounds[1]:
             raise ConfigError(f"grid.tokens_per_param is {bounds!r}; low must be below high")
     for i, cell in enumerate(grid.get("cells", [])):
-        _check_listed(i, cell)
+        _check_listed(i, cell, sections)
     if not isinstance(grid["trunks"], bool):
         raise ConfigError(f"grid.trunks is {grid['trunks']!r}; it must be True or False")
     if grid["trunk_tokens"] is not None:
@@ -241,7 +249,7 @@ def validate_grid(grid) -> dict:
     return grid
 
 
-def _check_listed(i: int, cell) -> None:
+def _check_listed(i: int, cell, sections: Mapping) -> None:
     if not isinstance(cell, Mapping):
         raise ConfigError(f"grid.cells[{i}] is {cell!r}; it must be a mapping")
     check_keys(f"grid.cells[{i}]", cell, ["params", "tokens", "flops", "seed", "set"])
@@ -253,7 +261,7 @@ def _check_listed(i: int, cell) -> None:
         )
     for name in cell.get("set", {}):
         section, _, key = str(name).partition(".")
-        if key not in SCHEMA.get(section, ()):
+        if key not in sections.get(section, ()):
             raise ConfigError(
                 f"grid.cells[{i}].set has {name!r}; it must name a field of the cell, such as 'optim.lr'"
             )

@@ -13,6 +13,7 @@ from scaling.grid import plan
 from scaling.program import Static, program_key
 from scaling.records import read_manifest
 from scaling.study import load_study
+from scaling.trainers import refuse
 
 UNSEEN = (
     "the data was not looked at: vocabulary and sequence length are the config's, no cell is dropped for "
@@ -64,6 +65,7 @@ def read_cells(study: Path, overrides: Iterable[str] = ()) -> tuple[list[dict], 
     if study.is_dir():
         return read_manifest(study)["cells"], None
     settings = load_study(study, list(overrides))
+    refuse(settings, "scaling preflight")
     if "vocab" in settings["model"]:
         return plan(settings, unseen_facts(settings))["cells"], UNSEEN
     from launch.planning import manifest_of

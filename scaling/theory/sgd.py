@@ -15,10 +15,10 @@ CHUNK = 256
 """Steps whose samples are drawn and turned into features together: one matrix product for all of them."""
 
 
-def features(problem: Problem, seed: int) -> np.ndarray:
+def features(problem: Problem, seed: int, draw: int = 0) -> np.ndarray:
     """W, float64 [v, d], entries N(0, 1/d)."""
     v, d = problem.v, int(problem.d)
-    return np.random.default_rng([seed, v, d]).standard_normal((v, d)) / np.sqrt(d)
+    return np.random.default_rng([seed, draw, v, d]).standard_normal((v, d)) / np.sqrt(d)
 
 
 def sgd_losses(
@@ -26,6 +26,7 @@ def sgd_losses(
     steps: Sequence[int],
     draws: int,
     seed: int = 0,
+    first_draw: int = 0,
     same_features: bool = False,
     on_step=None,
 ) -> np.ndarray:
@@ -36,8 +37,9 @@ def sgd_losses(
 
     Args:
       problems: of one batch. steps: increasing. draws: independent runs of each problem, features and data.
-      seed: of both. same_features: whether the draws of a problem share their features, those of ``features(
-      problem, seed)``. on_step: called with the steps done after each chunk; true: stop.
+      seed: of both. first_draw: number of the first draw; a draw depends on its number and the seed alone.
+      same_features: whether the draws of a problem share the features of draw 0.
+      on_step: called with the steps done after each chunk; true: stop.
 
     Returns:
       float64 [problem, draw, step]; None where ``on_step`` asked to stop.
@@ -56,13 +58,14 @@ def sgd_losses(
     for lane in range(lanes):
         p, draw = problems[lane // draws], lane % draws
         j = np.arange(1.0, p.v + 1)
-        W = features(p, seed if same_features else seed + 7919 * (1 + draw))
+        W = features(p, seed, 0 if same_features else first_draw + draw)
         A[lane, : p.v, : W.shape[1]] = j[:, None] ** -p.alpha * W
         y[lane, : p.v] = j ** (-p.alpha - p.beta)
         gamma[lane] = 2 * p.rate / ((p.batch + 1) * (j ** (-2 * p.alpha)).sum())
     A, y, gamma = map(jnp.asarray, (A, y, gamma))
     theta = jnp.zeros((lanes, d), jnp.float32)
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(lanes))
+    of_draw = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))
+    keys = jnp.tile(of_draw(first_draw + jnp.arange(draws)), len(problems))
     out, done = [], 0
     for target in steps:
         while done < target:

@@ -1,0 +1,72 @@
+"""The problems of known law as cells: what a worker runs, and what is known of the outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from scaling.theory.plrf import Equivalent, Moments, Problem, frontier, theory
+
+MOST_ENTRIES = 2**24
+"""Of the features that are in memory at once: 64 MB."""
+
+
+def problem_of(cell: Mapping) -> Problem:
+    own = cell["trainer"]
+    return Problem(own["alpha"], own["beta"], own["d"], own["ambient"], cell["train"]["batch"], own["rate"])
+
+
+def run_plrf(cell: Mapping, on_step: Callable[[int], bool]) -> list[dict] | None:
+    """The loss after the cell's last step: of ``draws`` runs the mean and its standard error.
+
+    ``sgd`` draws features and data anew for each run, ``moments`` the features, ``equivalent`` nothing.
+    """
+    own, steps, seed = cell["trainer"], cell["train"]["steps"], cell["train"]["seed"]
+    problem = problem_of(cell)
+    if own["dynamics"] == "equivalent":
+        losses = np.atleast_1d(Equivalent(problem).loss(steps))
+    else:
+        from scaling.theory.sgd import features, sgd_losses
+
+        if own["dynamics"] == "moments":
+            drawn = (features(problem, seed, draw) for draw in range(own["draws"]))
+            losses = np.array([Moments(W, problem).loss(steps) for W in drawn])
+        else:
+            at_once = max(1, min(own["draws"], MOST_ENTRIES // int(problem.v * problem.d)))
+            blocks = []
+            for first in range(0, own["draws"], at_once):
+                block = sgd_losses([problem], [steps], at_once, seed, first_draw=first, on_step=on_step)
+                if block is None:
+                    return None
+                blocks.append(block.reshape(-1))
+            losses = np.concatenate(blocks)[: own["draws"]]
+    stderr = float(losses.std(ddof=1) / len(losses) ** 0.5) if len(losses) > 1 else 0.0
+    return [{"step": steps, "loss": float(losses.mean()), "loss_stderr": stderr}]
+
+
+def plrf_truths(cells: list[Mapping]) -> dict | None:
+    """The frontier's exponents of cells that differ in size and steps alone.
+
+    Returns:
+      ``a`` and ``loss`` (N* ~ C^a, loss ~ C^-loss): at these budgets, by the deterministic equivalent
+      (``here``), and without bound (``limit``). None on a border between phases, or with one budget.
+    """
+    first = problem_of(cells[0])
+    f = [cell["trainer"]["d"] * cell["train"]["batch"] * float(cell["train"]["steps"]) for cell in cells]
+    low, high = min(f), max(f)
+    try:
+        limit = theory(first.alpha, first.beta)
+    except ValueError:
+        return None
+    if high < 2 * low:
+        return None
+    fields = {"ambient": first.ambient, "batch": first.batch, "rate": first.rate}
+    budgets = np.geomspace(low, high, 4)
+    d, loss = frontier(first.alpha, first.beta, budgets, sizes=13, **fields)
+    (a, _), (x, _) = (np.polyfit(np.log(budgets), np.log(y), 1) for y in (d, loss))
+    return {
+        "words": f"phase {limit.phase}",
+        "here": {"a": float(a), "loss": float(-x)},
+        "limit": {"a": limit.size, "loss": limit.loss},
+    }
