@@ -96,37 +96,46 @@ def with_trunks(entries: Sequence[dict], make_entry) -> list[dict]:
     return out
 
 
-def chained(cells: Sequence[Mapping], make_entry, target: Mapping, forks: Sequence[int] = ()) -> list[dict]:
-    """The manifest's entries of one configuration trained for longer and longer: segments and cooldowns.
+class Chain:
+    """The manifest's entries of one configuration's trunk, which grows segment by segment.
 
     Args:
-      cells: WSD cells that differ in their steps alone, the shortest first.
       make_entry: (id, cell, target) to an entry. target: the configuration's, without a D.
       forks: steps of this trunk where cooldowns may leave later, whose checkpoints are kept.
-
-    Returns:
-      For each cell the trunk's segment up to its fork, which goes on from the segment before, and the cell as
-      the branch that leaves it.
-
-    Raises:
-      ConfigError: as ``trunk_of``.
     """
-    out, before, done = [], None, 0
-    for cell in sorted(cells, key=fork_step):
-        end = fork_step(cell)
-        if end > done:
+
+    def __init__(self, make_entry, target: Mapping, forks: Sequence[int] = ()):
+        self.make_entry, self.target, self.forks = make_entry, dict(target), sorted(forks)
+        self.segments: list[tuple[str, tuple[int, ...]]] = []
+        self.end = 0
+
+    def add(self, cell: Mapping) -> list[dict]:
+        """A WSD cell that differs from the others in its steps alone, and the segment that it needs first.
+
+        Raises:
+          ConfigError: as ``trunk_of``; or its fork was passed without a checkpoint, as it is not of
+            ``forks``.
+        """
+        out, fork = [], fork_step(cell)
+        if fork > self.end:
             trunk = trunk_of([cell])
-            entry = make_entry(cell_id(trunk), trunk, {**target, "tokens": None, "flops": None})
-            kept = sorted({end, *(f for f in forks if done < f < end)})
-            entry |= {"role": "trunk", "forks": kept}
-            if before is not None:
-                entry |= {"trunk": before, "fork": done}
-            before, done = entry["id"], end
+            kept = tuple(sorted({fork, *(f for f in self.forks if self.end < f < fork)}))
+            entry = self.make_entry(cell_id(trunk), trunk, {**self.target, "tokens": None, "flops": None})
+            entry |= {"role": "trunk", "forks": list(kept)}
+            if self.segments:
+                entry |= {"trunk": self.segments[-1][0], "fork": self.end}
+            self.segments.append((entry["id"], kept))
+            self.end = fork
             out.append(entry)
+        home = next((name for name, kept in self.segments if fork in kept), None)
+        if home is None:
+            raise ConfigError(
+                f"cell {cell_id(cell)} would leave its trunk at step {fork}, of which no checkpoint is kept; "
+                f"there are those of {', '.join(str(f) for _, kept in self.segments for f in kept)}"
+            )
         tokens = cell["train"]["steps"] * cell["train"]["batch"] * cell["data"]["seq"]
-        branch = make_entry(cell_id(cell), cell, {**target, "tokens": tokens, "flops": None})
-        out.append({**branch, "role": "branch", "trunk": before, "fork": end})
-    return out
+        branch = self.make_entry(cell_id(cell), cell, {**self.target, "tokens": tokens, "flops": None})
+        return [*out, {**branch, "role": "branch", "trunk": home, "fork": fork}]
 
 
 def spent_flops(entry: Mapping, convention: str = "exact") -> float:

@@ -214,6 +214,8 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "skip_spikes": _flag(False, later=True),
         "skip_window": Field(int, lambda x: x > 1, "an integer above 1", 128, later=True),
         "skip_sigma": _positive(6.0, later=True),
+        # of a population: the cell at whose end this one's hyper-parameters took over
+        "parent": Field(str, lambda x: len(x) > 0, "the id of a cell", None, optional=True, later=True),
     },
     "eval": {
         "sequences": Field(int, lambda x: x > 1, "an integer above 1 (a standard error needs two)", 256),

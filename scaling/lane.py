@@ -153,9 +153,17 @@ class Lane:
 
         Raises:
           Diverged: the trunk ran away before the fork, as this cell would have.
+          StudyError: the cell has a parent (``train.parent``), so that it has no beginning of its own, and
+            the checkpoint that it goes on from is not there.
         """
-        if self.job.trunk is None:
+        parent = self.cell["train"]["parent"]
+        if self.job.trunk is None and parent is None:
             return first_state
+        if self.job.trunk is None:
+            raise StudyError(
+                f"train.parent of cell {self.name} is {parent!r}: it goes on from that cell's checkpoint and "
+                "can be trained in its study alone, by `scaling search` or `scaling run`"
+            )
         state = self.checkpoints.restore_from(self.job.trunk.checkpoints, self.job.fork, first_state)
         if state is not None:
             return state
@@ -163,6 +171,11 @@ class Lane:
             end = read_result(self.job.trunk)
             if end["status"] == "diverged" and end["steps"] <= self.job.fork:
                 raise Diverged(f"its trunk diverged: {end['reason']}", end["steps"])
+        if parent is not None:
+            raise StudyError(
+                f"{self.job.trunk.checkpoints} has no checkpoint of step {self.job.fork} that reads back "
+                f"whole, and cell {self.name} goes on from it (train.parent is {parent!r})"
+            )
         log.warning(
             "%s has no checkpoint of step %d to branch from; %s trains from its beginning",
             self.job.trunk.checkpoints, self.job.fork, self.name,

@@ -23,7 +23,7 @@ FROM_RECIPE = {
     "data": {"fingerprint"},
     "optim": {"lr", "beta2", "weight_decay"},
     "schedule": {"warmup_steps"},
-    "train": {"batch", "steps", "seed"},
+    "train": {"batch", "steps", "seed", "parent"},
     "eval": set(),
     "upcycle": {"cell", "tokens", "flops", "first_row"},
 }

@@ -7,7 +7,7 @@ import pytest
 from tiny_study import tiny_cell, tiny_study
 
 from launch.work import job_of, with_their_trunks
-from scaling.branches import chained, fork_step, saving, spent_flops, trunk_of
+from scaling.branches import Chain, fork_step, saving, spent_flops, trunk_of
 from scaling.config import ConfigError, cell_id, validate_cell
 from scaling.files import CellFolder, read_jsonl
 from scaling.grid import entry, plan
@@ -62,11 +62,17 @@ def test_a_branch_is_the_cell_alone_bit_for_bit(cells, tmp_path):
 
 def test_a_trunk_grown_in_segments_is_the_cell_alone_bit_for_bit(corpus, cells, tmp_path):
     cells = [*cells, validate_cell({**cells[1], "train": {**cells[1]["train"], "steps": 50}})]
-    entries = chained(cells, entry, {"params": 1e3, "seed": 0})
+    chain = Chain(entry, {"params": 1e3, "seed": 0}, forks=[34])
+    entries = [e for cell in cells for e in chain.add(cell)]
     assert [(e["role"], e["config"]["train"]["steps"], e.get("fork", 0)) for e in entries] == [
         ("trunk", 15, 0), ("branch", 20, 15), ("trunk", 30, 15), ("branch", 40, 30), ("trunk", 37, 30),
         ("branch", 50, 37),
     ]  # fmt: skip
+    between, at = ({**cells[1], "train": {**cells[1]["train"], "steps": n}} for n in (34, 46))
+    with pytest.raises(ConfigError, match="would leave its trunk at step 25, of which no checkpoint is kept"):
+        chain.add(validate_cell(between))
+    late = chain.add(validate_cell(at))  # a fork that was kept: a cooldown alone
+    assert [(e["role"], e["trunk"], e["fork"]) for e in late] == [("branch", entries[4]["id"], 34)]
     # one branch brings the whole chain behind it
     assert [e["id"] for e in with_their_trunks(entries, [entries[3]["id"]])] == [
         entries[k]["id"] for k in (0, 2, 3)
