@@ -1,5 +1,6 @@
 """From a run table to laws, intervals and allocations. Needs neither flax nor an accelerator."""
 
+from fits.adaptive import NextCells, next_cells
 from fits.budget import Budget
 from fits.design import NextRuns, next_runs, spend_for
 from fits.errors import FitError
@@ -30,6 +31,7 @@ __all__ = [
     "Fit",
     "FitError",
     "Law",
+    "NextCells",
     "NextRuns",
     "Power",
     "PowerSum",
@@ -49,6 +51,7 @@ __all__ = [
     "fit_table",
     "get_law",
     "law_names",
+    "next_cells",
     "next_runs",
     "power",
     "predict_run",
