@@ -20,6 +20,7 @@ from launch.options import (
     with_options,
 )
 from launch.output import console, emit, json_option, stderr
+from launch.search.command import search
 from scaling import __version__
 from scaling.config import ConfigError
 from scaling.files import StudyError
@@ -75,6 +76,7 @@ def cli() -> None:
       scaling select studies/quickstart          which law forecasts best
       scaling ask chinchilla serve params=13e9 inference_tokens=2e12    what else a law can answer
       scaling families experiments/families.py   which architecture, at equal tuning
+      scaling search experiments/tune.py         spend a budget adaptively: tuning, or a law from fewer cells
 
     \b
     The models themselves:
@@ -452,7 +454,7 @@ def report(study, out, budget, unique_tokens, against, laws, without, as_json):
     emit(as_json, {"report": str(path)}, lambda: console.print(f"report: {path}", soft_wrap=True))
 
 
-for command in COMMANDS:
+for command in (*COMMANDS, search):
     cli.add_command(command)
 
 
