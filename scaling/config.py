@@ -156,6 +156,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "depth_capacity": _share(0.125, later=True),
         "attention_budget": _share(0.15, later=True),
         "budget_loss": _nonnegative(1.0, later=True),
+        "monarch_blocks": _positive_int(4, later=True),
     },
     "data": {
         "source": _choice(*FILE_SOURCES, *SYNTHETIC_SOURCES, "mixture", default="stdlib"),
@@ -489,7 +490,8 @@ def _check_layers(model: Mapping) -> None:
                 f"model.{key} is {model[key]!r} with model.family = {family!r}, which does not read it; it "
                 f"is for {' and '.join(map(repr, mixers))}"
             )
-    for name, check in (("mlstm", layers.key_dim), ("moe", layers.expert_dim)):
+    checks = {"mlstm": layers.key_dim, "moe": layers.expert_dim, "monarch": layers.monarch_dim}
+    for name, check in checks.items():
         if layers.has(model, name):
             try:
                 check(model)

@@ -32,6 +32,7 @@ FEED_FORWARDS = {
     "geglu": "gated by gelu",
     "moe": "a mixture of experts, each gated by silu",
     "memory": "a memory of values found by product keys, gated by silu",
+    "monarch": "gated by silu, of Monarch matrices: products of two block-diagonal ones",
     "none": "the layer is its mixer alone",
 }
 """Feed-forwards, and what each is."""
@@ -40,6 +41,7 @@ FAMILIES = {
     "transformer": ("attention+swiglu",),
     "differential": ("differential_attention+swiglu",),
     "moe": ("attention+moe",),
+    "monarch": ("attention+monarch",),
     "griffin": ("rglru+geglu", "rglru+geglu", "attention+geglu"),
     "mamba": ("mamba+none",),
     "mamba2": ("mamba2+none",),
@@ -79,6 +81,7 @@ READ = {
     "capacity_factor": ("moe", "selective_attention"),
     **dict.fromkeys(("attention_budget", "budget_loss"), ("selective_attention",)),
     **dict.fromkeys(("memory_keys", "memory_heads", "memory_top"), ("memory",)),
+    "monarch_blocks": ("monarch",),
     "depth_capacity": (ROUTED,),
 }
 """Fields of ``model`` that some mixers or feed-forwards alone read, or routed layers."""
@@ -188,6 +191,21 @@ def expert_dim(model: Mapping) -> int:
             "product must be a whole number of channels"
         )
     return round(width)
+
+
+def monarch_dim(model: Mapping) -> int:
+    """Channels of a block between both factors of a Monarch product, which is as wide as the stream there.
+
+    Raises:
+      ValueError: blocks that do not divide the widths, or so many that some outputs never see some inputs.
+    """
+    blocks, width = model["monarch_blocks"], model["d_model"]
+    if width % blocks or model["ffn_dim"] % blocks or blocks * blocks > width:
+        raise ValueError(
+            f"model.monarch_blocks is {blocks} with d_model {width} and ffn_dim {model['ffn_dim']}; it must "
+            "divide both, its square at most d_model"
+        )
+    return width // blocks
 
 
 def capacity(experts: int, active: float, factor: float, seq: int) -> int:

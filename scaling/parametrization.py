@@ -58,6 +58,8 @@ HIDDEN = {
     **dict.fromkeys(("x", "b", "c", "dt", "beta", "i_gate", "f_gate", "o_gate"), "width"),
     **dict.fromkeys(("dt_down", "dt_up", "router", "predictor"), "width"),
     "down": "ffn",
+    **dict.fromkeys(("gate_first", "gate_second", "up_first", "up_second", "down_second"), "width"),
+    "down_first": "ffn",
     "input_gate": "head",
     "recurrence_gate": "head",
     **dict.fromkeys(("z_recurrent", "i_recurrent", "f_recurrent", "o_recurrent"), "head"),

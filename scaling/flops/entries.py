@@ -252,6 +252,12 @@ def glu_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
     return [weights("feed-forward", count * 3 * model["d_model"] * model["ffn_dim"])]
 
 
+def monarch_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
+    """Gate, up and down, each of two factors with as many blocks."""
+    D, F = model["d_model"], model["ffn_dim"]
+    return [weights("Monarch feed-forward", count * 3 * layers.monarch_dim(model) * (D + F))]
+
+
 def moe_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
     """A router, experts of which a token takes some, shared ones; "full" has every place of every expert.
 
@@ -327,4 +333,5 @@ FEED_FORWARDS: dict[str, Callable] = {
     "geglu": glu_entries,
     "moe": moe_entries,
     "memory": memory_entries,
+    "monarch": monarch_entries,
 }

@@ -145,6 +145,12 @@ def memory_kept(model: Mapping, seq: int, width: int) -> Kept:
     return Kept(whole, width * (2 * D + q), 8 * k * D)
 
 
+def monarch_kept(model: Mapping, seq: int, width: int) -> Kept:
+    """As the dense one, and each product's own middle."""
+    D, F = model["d_model"], model["ffn_dim"]
+    return Kept((8 + 4 * width) * D + 6 * width * F, width * (5 * D + 2 * F))
+
+
 def glu_kept(model: Mapping, seq: int, width: int) -> Kept:
     """Its input through the norm, and six arrays."""
     D, F = model["d_model"], model["ffn_dim"]
@@ -177,7 +183,8 @@ MIXERS = {
     "min_gru": gated_vector_kept(1),
     "qlstm": gated_vector_kept(3),
 }
-FEED_FORWARDS = {"swiglu": glu_kept, "geglu": glu_kept, "moe": moe_kept, "memory": memory_kept}
+FEED_FORWARDS = {"swiglu": glu_kept, "geglu": glu_kept, "moe": moe_kept, "memory": memory_kept,
+                 "monarch": monarch_kept}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ from scaling.models.memory import Memory
 from scaling.models.min_gru import MinGRU
 from scaling.models.mlstm import MLSTM
 from scaling.models.moe import Density, MoE, sum_of
+from scaling.models.monarch import Monarch
 from scaling.models.norm import RMSNorm
 from scaling.models.qlstm import QLSTM
 from scaling.models.rglru import RGLRU
@@ -48,7 +49,7 @@ MIXERS = {
     "min_gru": MinGRU,
     "qlstm": QLSTM,
 }
-FEED_FORWARDS = {"swiglu": SwiGLU, "geglu": GeGLU, "moe": MoE, "memory": Memory}
+FEED_FORWARDS = {"swiglu": SwiGLU, "geglu": GeGLU, "moe": MoE, "memory": Memory, "monarch": Monarch}
 
 REMAT = {
     "none": None,

@@ -288,6 +288,7 @@ FAMILIES = {
         {"family": "moe", "router": "relu", "expert_fraction": 0.5, "capacity_factor": 1.25},
         {"attention_forward"},
     ),
+    "monarch": ({}, {"attention_forward"}),
     "hybrid": ({"pattern": ["attention+memory", "min_gru", "slstm"]}, {"attention_forward", "linear_scan"}),
     "selective": (
         {"family": "hybrid", "pattern": ["mamba2", "selective_attention"], "local_window": 64},

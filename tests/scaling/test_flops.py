@@ -192,6 +192,7 @@ FAMILIES = {
     "moe": {"experts": 6, "shared_experts": 2, "expert_fraction": 0.25, "capacity_factor": 1.3},
     "moe, relu": {"experts": 6, "router": "relu", "expert_fraction": 0.25},
     "hybrid, slstm": {"pattern": ["slstm", "mlstm"], "layers": 3},
+    "monarch": {"monarch_blocks": 8},
     "hybrid, memory": {"pattern": ["attention+memory", "min_gru"], "memory_keys": 12, "memory_top": 5},
     "hybrid": {"pattern": ["mamba2", "full_attention", "mlstm+geglu"], "post_norm": True, "state_dim": 16},
     "mixture_of_depths": {"depth_capacity": 0.3},
@@ -358,6 +359,7 @@ MEMORY_CASES = {
     "memory": ({"family": "hybrid", "pattern": ["attention+memory"], "layers": 4}, 4, 256),
     "mixture_of_depths": ({"family": "mixture_of_depths", "layers": 4, "depth_capacity": 0.5}, 4, 256),
     "selective": ({"family": "hybrid", "pattern": ["selective_attention"], "layers": 4}, 4, 256),
+    "monarch": ({"family": "monarch", "layers": 4}, 4, 256),
     "moe": (
         {"family": "moe", "layers": 4, "experts": 4, "shared_experts": 1, "expert_fraction": 0.5},
         4,

@@ -43,6 +43,7 @@ CASES = {
         "capacity_factor": 9.0,
     },
     "relu": {"family": "moe", "experts": 5, "router": "relu", "capacity_factor": 9.0},
+    "monarch": {"family": "monarch"},
     "memory": {
         "family": "hybrid",
         "pattern": ["attention", "min_gru+memory"],
@@ -395,6 +396,7 @@ def test_every_parameter_has_a_rule(name):
         assert is_hidden_matrix(path, leaf) == (inside and matrix and not taps and not gain), path
     lr = {p[-1].key: v for p, v in jax.tree_util.tree_leaves_with_path(scales["lr"])}
     expected = {"out": 0.5, "conv": 1.0, "a_log": 1.0, "input_gate": 1.0, "dt": 0.5, "i_bias": 1.0}
+    expected |= {"gate_second": 0.5, "down_first": 0.5, "down_second": 0.5}
     expected |= {"z_recurrent": 1.0, "o_bias": 1.0, "dt_up": 0.5, "router": 0.5, "lambda_q1": 1.0}
     assert all(lr[k] == v for k, v in expected.items() if k in lr)
 
@@ -408,7 +410,7 @@ def test_every_parameter_has_a_rule(name):
         ("gated_deltanet", ("mup",)),
         ("xlstm", ("mup",)),
         *((name, ("mup",)) for name in ("differential", "mamba", "longhorn", "slstm", "min_gru", "qlstm")),
-        *((name, ("mup",)) for name in ("moe", "mixture_of_depths", "selective")),
+        *((name, ("mup",)) for name in ("moe", "mixture_of_depths", "selective", "monarch")),
     ],
 )
 def test_coordinates_keep_their_size_in_width_under_mup(name, rules):
@@ -486,6 +488,11 @@ def test_bfloat16_is_near_float32():
             {"family": "hybrid", "pattern": ["attention+memory"], "memory_top": 40},
             "model.memory_top is 40; it must be at most memory_keys = 32",
         ),
+        (
+            {"family": "monarch", "monarch_blocks": 5},
+            "model.monarch_blocks is 5 with d_model 32 and ffn_dim 48",
+        ),
+        ({"family": "monarch", "monarch_blocks": 8}, "it must divide both, its square at most d_model"),
         ({"memory_keys": 8}, "model.memory_keys is 8 with model.family = 'transformer'"),
         ({"family": "moe", "router": "best"}, "model.router is 'best'"),
         ({"family": "differential", "kv_heads": 1}, "model.kv_heads is 1; 'differential_attention' pairs"),
