@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -155,7 +156,7 @@ def _check_tuning(out: dict) -> dict:
         right = isinstance(tokens, LIST) and tokens
         for key, value in enumerate(tokens) if right else ():
             _positive(f"tokens[{key}]", value)
-        pairs = zip(tokens[:-1], tokens[1:], strict=True) if right else ()
+        pairs = itertools.pairwise(tokens) if right else ()
         if not right or any(abs(b / a / eta - 1) > 1e-6 for a, b in pairs):
             raise ConfigError(
                 f"search.tokens is {tokens!r}; it must be a list in which each is search.eta = {eta} times "
