@@ -52,7 +52,8 @@ PORT = 8476
 """Of JAX's coordinator in pod 0."""
 HOSTS = "host"
 """The replicated job's name, and so a part of each pod's."""
-OURS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SCALING_COMPILATION_CACHE")
+JOINED = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+OURS = (*JOINED, "JAX_PLATFORMS", "SCALING_COMPILATION_CACHE")
 
 _QUANTITY = r"\d+(\.\d+)?(m|[kMGTPE]i?)?"
 _NAME = r"a name of small letters, digits and dashes"
@@ -180,7 +181,7 @@ def pod(
     name: str, job: Sequence[dict], study: Path, target: Target, settings: Mapping, options: Mapping
 ) -> dict:
     """What runs on each host."""
-    joined = ",".join(f"$({variable})" for variable in OURS[:3])  # Kubernetes puts in the values
+    joined = ",".join(f"$({variable})" for variable in JOINED)  # Kubernetes puts in the values
     command = worker(job, f"studies/{study.resolve().name}", target, options, joined)
     resource = "google.com/tpu" if target.platform == "tpu" else "nvidia.com/gpu"
     count = {resource: chips_per_host(target)}
@@ -216,16 +217,20 @@ def pod(
 
 
 def environment(name: str, target: Target, settings: Mapping) -> list[dict]:
-    """JAX's coordinator, how many hosts there are and which this is; programs compiled once for all."""
+    """JAX's coordinator, how many hosts there are and which this is; what all of them share.
+
+    Without ``JAX_PLATFORMS`` a host whose accelerator does not start would train on its CPU.
+    """
     index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
     joined = [
-        {"name": OURS[0], "value": f"{name}-{HOSTS}-0-0.{name}:{PORT}"},
-        {"name": OURS[1], "value": str(target.hosts)},
-        {"name": OURS[2], "valueFrom": {"fieldRef": {"fieldPath": index}}},
+        {"name": JOINED[0], "value": f"{name}-{HOSTS}-0-0.{name}:{PORT}"},
+        {"name": JOINED[1], "value": str(target.hosts)},
+        {"name": JOINED[2], "valueFrom": {"fieldRef": {"fieldPath": index}}},
     ]
     return [
         *(joined if target.hosts > 1 else []),
-        {"name": OURS[3], "value": f"{settings['mount']}/cache/xla"},
+        {"name": "JAX_PLATFORMS", "value": f"{target.platform},cpu"},
+        {"name": "SCALING_COMPILATION_CACHE", "value": f"{settings['mount']}/cache/xla"},
         *({"name": k, "value": v} for k, v in settings["env"].items()),
     ]
 

@@ -41,10 +41,11 @@ PORT = 8476
 """Of JAX's coordinator on the first machine."""
 JOINED = f"${{SKYPILOT_NODE_IPS%%[[:space:]]*}}:{PORT},$SKYPILOT_NUM_NODES,$SKYPILOT_NODE_RANK"
 """What ``--distributed`` is on several GPU machines: the first of the addresses, one a line, is rank 0's."""
-SETUP = """python3 -m pip install -q --user uv
-[ -x ~/scaling/bin/python ] || python3 -m uv venv -q --python 3.11 ~/scaling
-python3 -m uv pip install -q --python ~/scaling/bin/python '.[{extra}]'"""
-"""Installs the package of ``workdir``; machines come with older Pythons."""
+SETUP = """export PATH="$HOME/.local/bin:$PATH"
+command -v uv > /dev/null || python3 -m pip install -q uv
+[ -x ~/scaling/bin/python ] || uv venv -q --python 3.11 ~/scaling
+uv pip install -q --python ~/scaling/bin/python '.[{extra}]'"""
+"""Installs the package of ``workdir``; machines come with older Pythons. uv is where SkyPilot put it."""
 
 SETTINGS = {
     "infra": Setting(
@@ -135,7 +136,11 @@ def task(
         "num_nodes": target.hosts if target.platform == "cuda" else 1,
         "resources": resources,
         **volumes,
-        "envs": {"SCALING_COMPILATION_CACHE": f"{settings['mount']}/cache/xla", **settings["env"]},
+        "envs": {
+            "JAX_PLATFORMS": f"{target.platform},cpu",
+            "SCALING_COMPILATION_CACHE": f"{settings['mount']}/cache/xla",
+            **settings["env"],
+        },
         "setup": setup(target, settings),
         "run": run(job, study, target, settings, options),
     }
@@ -177,10 +182,10 @@ def readme(study: Path, target: Target, settings: Mapping, jobs: Sequence) -> st
 
 1. Copy the plan to `studies/{name}` of that folder (`rsync -a {study}/ HOST:.../studies/{name}/`), and data
    that the config names by a relative path beside `studies`.
-2. Start the tasks:
+2. Start the tasks (`workdir` is `{settings["workdir"]}`, seen from where you are), with DIR for this folder:
 
    ```
-   for task in jobs/*.yaml; do sky jobs launch -y -d "$task"; done
+   for task in DIR/jobs/*.yaml; do sky jobs launch -y -d "$task"; done
    ```
 
 3. `sky jobs queue` says which machines are up; `scaling status studies/{name}`, on any machine that sees the

@@ -116,6 +116,7 @@ def test_slices_of_tpus(study, tmp_path, target):
     assert (job["parallelism"], job["completions"]) == (hosts, hosts)
     assert (job["completionMode"], job["backoffLimit"]) == ("Indexed", 0)
     assert box["resources"] == {"requests": {"google.com/tpu": chips}, "limits": {"google.com/tpu": chips}}
+    assert env["JAX_PLATFORMS"]["value"] == "tpu,cpu"  # else a chip that does not start means the CPU
     exclusive = made["metadata"].get("annotations", {})
     assert ("alpha.jobset.sigs.k8s.io/exclusive-topology" in exclusive) == (hosts > 1)
     name = made["metadata"]["name"]
@@ -136,7 +137,8 @@ def test_nodes_of_gpus(study, tmp_path, target):
     label, hosts, gpus = NODES[target]
     made = one_of(study, "jobset", target, tmp_path)
     assert problems(made) == []
-    job, inside, box, _ = parts(made)
+    job, inside, box, env = parts(made)
+    assert env["JAX_PLATFORMS"]["value"] == "cuda,cpu"
     assert inside["nodeSelector"] == {"cloud.google.com/gke-accelerator": label}
     assert (job["completions"], box["resources"]["limits"]) == (hosts, {"nvidia.com/gpu": gpus})
     assert {"name": "shared-memory", "mountPath": "/dev/shm"} in box["volumeMounts"]
@@ -229,6 +231,7 @@ def test_tasks_of_skypilot(study, tmp_path, target):
         "max_restarts_on_errors": 2 * made["run"].count("--cell"),
         "recover_on_exit_codes": [75],
     }
+    assert made["envs"]["JAX_PLATFORMS"] == ("tpu,cpu" if target.startswith("v") else "cuda,cpu")
     assert made["num_nodes"] == (2 if target == "h200-16" else 1)  # a slice of TPUs is one node
     runtime = {"v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
     generation = target.split("-")[0]
