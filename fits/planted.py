@@ -75,6 +75,10 @@ STUDIES: dict[str, tuple] = {
         {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28},
         lambda: _grid(Na=_over(5e7, 1e10, 7), D=_over(1e9, 1e12, 6)), NOISE,
     ),
+    "quality": (
+        {"E": 0.1, "n0": 4e6, "b": 0.16, "tau": 6.7},
+        lambda: _grid(U=(1e7, 1e8, 1e9), D=_over(6e6, 3e10, 20)), 5e-4,
+    ),
 }  # fmt: skip
 
 

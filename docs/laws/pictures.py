@@ -14,6 +14,7 @@ import fits
 from fits.laws import get_law
 from fits.laws.growth import ramp_average
 from fits.laws.precision import SIZE
+from fits.laws.quality import mixture_loss
 from fits.planted import STUDIES
 from fits.plots.style import (
     BLUE,
@@ -30,6 +31,7 @@ from fits.plots.style import (
 )
 
 ONE = (5.6, 3.4)
+POOLS = {"utility": [0.16, 0.125, 0.1, 0.085], "half_life": [6.727, 8.545, 5.273, 2.273]}
 SCRATCH = {"E": 1.6, "K": 40.0, "beta": 0.25}  # of a model from scratch, beside planted up-cycled ones
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
 
@@ -144,12 +146,29 @@ def growth():
         average = ramp_average(1.0, 0.2, start, inside)
         axes[1].plot(inside, average, color=colour, label=f"pruned to 20 % from {start:g}")
     axes[1].set(xlabel="share of training at which the ramp ends", ylabel="average parameters / N")
-    for ax in axes:
-        ax.legend()
+    axes[0].legend()
+    axes[1].legend(loc="lower right")
     return figure
 
 
-PICTURES = {f.__name__: f for f in (data_constrained, serving, precision, moe, growth)}
+@styled
+def quality():
+    """Error against samples seen, for the best pool alone and for the best few together."""
+    figure, [ax] = panels(None, 1, ONE)
+    p, seen = get_law("quality").PUBLISHED, np.geomspace(8e6, 2e9, 120)
+    for count, colour in zip((1, 2, 3, 4), (BLUE, ORANGE, GREEN, PURPLE), strict=True):
+        some = (POOLS["utility"][:count], POOLS["half_life"][:count], 12.8e6)
+        loss = [mixture_loss(p["E"], p["n0"], *some, n) for n in seen]
+        ax.plot(seen, loss, color=colour, label=f"best {10 * count} %")
+    ax.set(
+        xscale="log", xlabel="samples seen, repeats included", ylabel="error", title="T-MARS pools of 12.8M"
+    )
+    label_log_axis(ax.xaxis, short)
+    ax.legend()
+    return figure
+
+
+PICTURES = {f.__name__: f for f in (data_constrained, serving, precision, moe, growth, quality)}
 
 
 def main() -> None:

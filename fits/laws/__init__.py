@@ -20,6 +20,7 @@ from fits.laws.growth import AverageParams, Upcycling
 from fits.laws.moe import FineGrained, Leverage
 from fits.laws.overtraining import Overtraining
 from fits.laws.precision import PostTraining, Precision, PrecisionJoint, QatShare
+from fits.laws.quality import Quality
 from fits.laws.repetition import DataConstrained, DataConstrainedTied
 
 LAWS: dict[str, Law] = {
@@ -28,7 +29,7 @@ LAWS: dict[str, Law] = {
         Chinchilla(), Tied(), Kaplan(), PowerN(), PowerD(), PowerC(), Product(), Overtraining(),
         DataConstrained(), DataConstrainedTied(), BrokenD(), BrokenC(), StepsBatch(), Precision(),
         PrecisionJoint(), PostTraining(), QatShare(), FineGrained(), Leverage(),
-        Upcycling(), AverageParams(),
+        Upcycling(), AverageParams(), Quality(),
     )
 }  # fmt: skip
 
