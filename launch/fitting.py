@@ -12,6 +12,7 @@ from rich.console import Console
 
 import fits
 from fits.known import floor_words, known_floor
+from launch.simulate import planted_words
 from scaling.config import ConfigError
 from scaling.files import StudyError, read_json, write_json
 from scaling.flops import ledger
@@ -31,6 +32,7 @@ class Fitted:
     approaches: object | None
     why_not: str | None
     truth: dict | None = None  # what is known of a study on a synthetic source; see ``fits.known``
+    planted: str | None = None  # what a simulated study was made of; see ``launch.simulate``
 
 
 def is_study(path: Path) -> bool:
@@ -48,9 +50,10 @@ def fit(table: Path, options: dict) -> Fitted:
         **{k: options[k] for k in FIT_OPTIONS},
     )
     result = fits.fit_table(rows, options["law"], fixed=fixed, source=str(table), **settings)
-    truth = known_floor(read_manifest(table), result) if is_study(table) else None
+    manifest = read_manifest(table) if is_study(table) else {}
+    known = {"truth": known_floor(manifest, result), "planted": planted_words(manifest, result)}
     if set(result.law.variables) != {"N", "D"}:
-        return Fitted(result, None, f"the law {result.law.name} is not in N and D", truth)
+        return Fitted(result, None, f"the law {result.law.name} is not in N and D", **known)
     try:
         compared = fits.approaches(
             rows,
@@ -59,8 +62,8 @@ def fit(table: Path, options: dict) -> Fitted:
             **reading,
         )
     except fits.FitError as error:
-        return Fitted(result, None, str(error), truth)
-    return Fitted(result, compared, None, truth)
+        return Fitted(result, None, str(error), **known)
+    return Fitted(result, compared, None, **known)
 
 
 FIT_OPTIONS = (
@@ -132,6 +135,7 @@ def as_json(fitted: Fitted) -> dict:
         "approaches": compared,
         "approaches_refused": fitted.why_not,
         "known_floor": fitted.truth,
+        "planted": fitted.planted,
     }
 
 
@@ -140,6 +144,8 @@ def show(console: Console, fitted: Fitted, path: Path) -> None:
     console.print(fitted.fit)
     if fitted.truth is not None:
         console.print(floor_words(fitted.truth), soft_wrap=True)
+    if fitted.planted is not None:
+        console.print(fitted.planted, soft_wrap=True)
     if fitted.approaches is not None:
         console.print(fitted.approaches)
     else:

@@ -135,7 +135,10 @@ def run_here(study: Path, cells, workers, cores_per_worker: int, as_json: bool, 
     wandb, pack = options["wandb"], options["pack"]
     if wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise StudyError("--wandb needs the package wandb; install the extra: pip install 'scaling[wandb]'")
-    entries = read_manifest(study)["cells"]
+    manifest = read_manifest(study)
+    if "simulated" in manifest:
+        raise StudyError(f"{study} was written by `scaling simulate`; plan into another folder to train it")
+    entries = manifest["cells"]
     known = {e["id"] for e in entries}
     for cell in cells:
         if cell not in known:
