@@ -155,6 +155,8 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "memory_top": _positive_int(16, later=True),
         "depth_capacity": _share(0.125, later=True),
         "attention_budget": _share(0.15, later=True),
+        "sparse_heads": _positive_int(2, later=True),
+        "head_capacity": _share(0.125, later=True),
         "budget_loss": _nonnegative(1.0, later=True),
         "monarch_blocks": _positive_int(4, later=True),
     },

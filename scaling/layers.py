@@ -15,6 +15,7 @@ MIXERS = {
     "full_attention": "causal attention over all tokens before, whatever model.local_window is",
     "differential_attention": "the difference of two softmaxes, windowed as attention is",
     "selective_attention": "attention of tokens that a gate picks under a budget, windowed as attention is",
+    "mosa": "mixture of sparse attention: heads that each choose their tokens",
     "rglru": "Griffin's recurrent block: convolution and RG-LRU, a gated linear recurrence",
     "mamba": "Mamba: a selective scan, a small state a channel",
     "mamba2": "Mamba-2: state-space duality, one decay a head",
@@ -55,7 +56,7 @@ FAMILIES = {
 }
 """``model.family`` to its layers, again and again from the first on; 'hybrid' has those of ``pattern``."""
 
-ATTENTION = ("attention", "full_attention", "differential_attention", "selective_attention")
+ATTENTION = ("attention", "full_attention", "differential_attention", "selective_attention", "mosa")
 WHOLE = ("mamba", "mamba2", "longhorn")
 """Mixers that are a layer by themselves: no feed-forward where none is named."""
 
@@ -65,7 +66,7 @@ ROUTED = "routed"
 BY_DEPTH = ("differential_attention",)
 """Mixers that are told their layer's number."""
 
-CHOOSING = ("selective_attention",)
+CHOOSING = ("selective_attention", "mosa")
 """Mixers that choose among tokens: they are told whether it is training, and add to its loss."""
 
 READ = {
@@ -82,6 +83,7 @@ READ = {
     **dict.fromkeys(("attention_budget", "budget_loss"), ("selective_attention",)),
     **dict.fromkeys(("memory_keys", "memory_heads", "memory_top"), ("memory",)),
     "monarch_blocks": ("monarch",),
+    **dict.fromkeys(("sparse_heads", "head_capacity"), ("mosa",)),
     "depth_capacity": (ROUTED,),
 }
 """Fields of ``model`` that some mixers or feed-forwards alone read, or routed layers."""
@@ -166,6 +168,11 @@ def key_dim(model: Mapping) -> int:
 def heads_multiple(model: Mapping) -> int:
     """What heads and key-value heads must be multiples of: 2 where they go in pairs."""
     return 2 if has(model, "differential_attention") else 1
+
+
+def sparse_heads(model: Mapping) -> int:
+    """Heads of a mixture of sparse attention."""
+    return model["sparse_heads"] * model["heads"]
 
 
 def inner_width(model: Mapping) -> int:

@@ -147,6 +147,24 @@ def selective_attention_entries(model: Mapping, seq: int, count: int) -> list[En
     return [*entries, Entry("selective gates", gate + count, gate + count, matmul=2 * gate, stopped=2 * gate)]
 
 
+def mosa_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
+    """Attention of each head over its own share of a row, with its own keys and values; who takes whom."""
+    taken, heads = layers.depth_places(model["head_capacity"], seq), layers.sparse_heads(model)
+    sparse = {**model, "heads": heads, "kv_heads": heads}
+    inside = [
+        dataclasses.replace(
+            e.for_share(taken / seq), name=e.name.replace("full attention", "sparse attention")
+        )
+        for e in attention_entries(sparse, taken, count, full=True)
+    ]
+    once, biases = count * model["d_model"] * heads, count * heads
+    return [
+        *inside,
+        weights("sparse attention routers", once),
+        Entry("sparse attention predictors", once + biases, once + biases, matmul=2 * once, stopped=2 * once),
+    ]
+
+
 def rglru_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
     """Griffin's block: two projections in and one out, a convolution, block-diagonal gates, vectors."""
     D, N, H, W = (model[k] for k in ("d_model", "heads", "head_dim", "conv_width"))
@@ -318,6 +336,7 @@ MIXERS: dict[str, Callable] = {
     "full_attention": lambda *args: attention_entries(*args, full=True),
     "differential_attention": differential_attention_entries,
     "selective_attention": selective_attention_entries,
+    "mosa": mosa_entries,
     "rglru": rglru_entries,
     "mamba": functools.partial(selective_entries, rates=True, name="Mamba"),
     "mamba2": mamba2_entries,

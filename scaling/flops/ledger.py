@@ -49,7 +49,7 @@ DEFAULTS = {
     "experts": 8, "active_experts": 2, "shared_experts": 0, "expert_fraction": 1.0, "capacity_factor": 1.5,
     "router": "chosen",
     "memory_keys": 32, "memory_heads": 4, "memory_top": 16, "monarch_blocks": 4,
-    "depth_capacity": 0.125, "attention_budget": 0.15,
+    "depth_capacity": 0.125, "attention_budget": 0.15, "sparse_heads": 2, "head_capacity": 0.125,
 }  # fmt: skip
 """Of the fields of ``model`` that the ledger reads and that may be left out."""
 
@@ -218,5 +218,9 @@ def _keys(model: Mapping, seq: int, *, routed: bool = False) -> float:
     """Keys a token over the square, of all layers with attention."""
     mixers, _ = layers.counts(model, routed=routed)
     chosen = layers.budget_tokens(model, seq)
-    square = {"selective_attention": chosen * chosen / seq}
+    taken = layers.depth_places(model["head_capacity"], seq)
+    square = {
+        "selective_attention": chosen * chosen / seq,
+        "mosa": model["sparse_heads"] * taken * taken / seq,
+    }
     return sum(mixers[m] * square.get(m, seq) for m in layers.ATTENTION)

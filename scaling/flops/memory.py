@@ -106,6 +106,20 @@ def selective_attention_kept(model: Mapping, seq: int, width: int) -> Kept:
     return Kept(inside.whole + (8 + width) * D + moved.whole, inside.products + moved.products, inside.more)
 
 
+def mosa_kept(model: Mapping, seq: int, width: int) -> Kept:
+    """Attention of each head over its tokens, and of each its input and output; routers and predictors."""
+    taken, heads, D = (
+        layers.depth_places(model["head_capacity"], seq),
+        layers.sparse_heads(model),
+        model["d_model"],
+    )
+    share = taken / seq
+    inside = attention_kept({**model, "heads": heads, "kv_heads": heads}, taken, width).for_share(share)
+    moved = heads * share * D
+    whole = inside.whole + (8 + width) * D + 2 * width * moved + 16 * heads
+    return Kept(whole, inside.products + width * moved + 12 * heads, inside.more + 8 * moved)
+
+
 def selective_kept(model: Mapping, seq: int, width: int) -> Kept:
     """Projections, the convolution, the step in float32, output and gate; the states of chunks."""
     D, R, S = model["d_model"], layers.inner_width(model), model["channel_state"]
@@ -173,6 +187,7 @@ MIXERS = {
     "full_attention": attention_kept,
     "differential_attention": differential_kept,
     "selective_attention": selective_attention_kept,
+    "mosa": mosa_kept,
     "rglru": rglru_kept,
     "mamba": selective_kept,
     "mamba2": mamba2_kept,

@@ -58,11 +58,15 @@ class Attention(nnx.Module):
         self.k = init.matrix(rngs, D, K * H, axes=("d_model", "kv_heads"))
         self.v = init.matrix(rngs, D, K * H, axes=("d_model", "kv_heads"))
         self.out = init.matrix(rngs, N * H, D, gain, axes=("heads", "d_model"))
+        self.configure(cfg, window)
+
+    def configure(self, cfg, window: int | None):
+        """All but the projections."""
+        self.head_dim, self.scale = cfg["head_dim"], parametrization.attention_scale(cfg)
         if cfg["qk_norm"]:
-            self.q_norm = RMSNorm(H, cfg["norm_eps"])
-            self.k_norm = RMSNorm(H, cfg["norm_eps"])
+            self.q_norm = RMSNorm(self.head_dim, cfg["norm_eps"])
+            self.k_norm = RMSNorm(self.head_dim, cfg["norm_eps"])
         self.qk_norm = cfg["qk_norm"]
-        self.head_dim, self.scale = H, parametrization.attention_scale(cfg)
         self.soft_cap = cfg["attention_soft_cap"]
         self.window = None if window is None else (window - 1, 0)
         self.dtype = jnp.dtype(cfg["dtype"])

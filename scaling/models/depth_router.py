@@ -43,12 +43,22 @@ class DepthRouter(nnx.Module):
         weights_BT = (x_BTD @ self.router[...])[..., 0]
         logits_BT = (jax.lax.stop_gradient(x_BTD) @ self.predictor[...] + self.predictor_bias[...])[..., 0]
         if training:
-            C = layers.depth_places(self.share, x_BTD.shape[1])
-            places_BC = jnp.sort(jax.lax.top_k(weights_BT, C)[1], axis=-1)
-            chosen_BT = jax.vmap(lambda at: jnp.zeros(x_BTD.shape[1]).at[at].set(1))(places_BC)
-            missed_B = jnp.mean(jax.nn.softplus(logits_BT) - chosen_BT * logits_BT, axis=-1)
-            return places_BC, take(weights_BT, places_BC), PREDICTOR_LOSS * missed_B
+            places_BC, weights_BC, missed_B = choose(weights_BT, logits_BT, self.share)
+            return places_BC, weights_BC, PREDICTOR_LOSS * missed_B
         chosen_BT = (logits_BT > 0) | (self.share == 1)
         places_BT = the_chosen_first(chosen_BT)
         weights_BT = take(jnp.where(chosen_BT, weights_BT, 0), places_BT)
         return places_BT, weights_BT, jnp.zeros(len(x_BTD), jnp.float32)
+
+
+def choose(weights_BT, logits_BT, share: float):
+    """The share of each row with the largest weights, and how badly the logits foresaw it.
+
+    Returns:
+      Their places, int [B, C], ascending; their weights [B, C]; the mean binary cross-entropy, nats [B].
+    """
+    T = weights_BT.shape[1]
+    places_BC = jnp.sort(jax.lax.top_k(weights_BT, layers.depth_places(share, T))[1], axis=-1)
+    chosen_BT = jax.vmap(lambda at: jnp.zeros(T).at[at].set(1))(places_BC)
+    missed_B = jnp.mean(jax.nn.softplus(logits_BT) - chosen_BT * logits_BT, axis=-1)
+    return places_BC, take(weights_BT, places_BC), missed_B

@@ -30,14 +30,15 @@ def matrix(
     axes: tuple[str, str] | None = None,
     *,
     count: int | None = None,
+    lead: str | None = None,
 ) -> nnx.Param:
     """A float32 [fan_in, fan_out] parameter, by the rule above; ``axes``: see ``scaling.mesh.AXES``.
 
-    With ``count`` so many of them, [count, fan_in, fan_out].
+    With ``count`` so many of them, [count, fan_in, fan_out]; ``lead`` is the name of that axis.
     """
     shape = (fan_in, fan_out)
     if count is not None:
-        shape, axes = (count, *shape), (None, *axes)
+        shape, axes = (count, *shape), (lead, *axes)
     return nnx.Param(_normal(rngs, shape, gain / math.sqrt(fan_in)), axes=axes)
 
 

@@ -27,6 +27,7 @@ from scaling.models.min_gru import MinGRU
 from scaling.models.mlstm import MLSTM
 from scaling.models.moe import Density, MoE, sum_of
 from scaling.models.monarch import Monarch
+from scaling.models.mosa import MoSA
 from scaling.models.norm import RMSNorm
 from scaling.models.qlstm import QLSTM
 from scaling.models.rglru import RGLRU
@@ -39,6 +40,7 @@ MIXERS = {
     "full_attention": lambda cfg, rngs: Attention(cfg, rngs, None),
     "differential_attention": lambda cfg, rngs: DifferentialAttention(cfg, rngs, cfg["local_window"]),
     "selective_attention": lambda cfg, rngs: SelectiveAttention(cfg, rngs, cfg["local_window"]),
+    "mosa": MoSA,
     "rglru": RGLRU,
     "mamba": Mamba,
     "mamba2": Mamba2,

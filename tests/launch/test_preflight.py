@@ -290,6 +290,7 @@ FAMILIES = {
     ),
     "monarch": ({}, {"attention_forward"}),
     "hybrid": ({"pattern": ["attention+memory", "min_gru", "slstm"]}, {"attention_forward", "linear_scan"}),
+    "mosa": ({"family": "hybrid", "pattern": ["attention", "mosa"]}, {"attention_forward"}),
     "selective": (
         {"family": "hybrid", "pattern": ["mamba2", "selective_attention"], "local_window": 64},
         {"attention_forward"} | SSD | CONVOLUTION,

@@ -196,6 +196,10 @@ FAMILIES = {
     "hybrid, memory": {"pattern": ["attention+memory", "min_gru"], "memory_keys": 12, "memory_top": 5},
     "hybrid": {"pattern": ["mamba2", "full_attention", "mlstm+geglu"], "post_norm": True, "state_dim": 16},
     "mixture_of_depths": {"depth_capacity": 0.3},
+    "hybrid, sparse heads": {
+        "pattern": ["mosa", "routed:mosa+none"],
+        **{"head_capacity": 0.2, "depth_capacity": 0.5, "sparse_heads": 3},
+    },
     "hybrid, selective": {
         "pattern": ["selective_attention", "routed:selective_attention"],
         **{"attention_budget": 0.2, "depth_capacity": 0.5, "local_window": 20},
@@ -358,6 +362,7 @@ MEMORY_CASES = {
     "qlstm": ({"family": "qlstm", "layers": 4, "dtype": "bfloat16"}, 4, 256),
     "memory": ({"family": "hybrid", "pattern": ["attention+memory"], "layers": 4}, 4, 256),
     "mixture_of_depths": ({"family": "mixture_of_depths", "layers": 4, "depth_capacity": 0.5}, 4, 256),
+    "mosa": ({"family": "hybrid", "pattern": ["mosa"], "layers": 4}, 4, 256),
     "selective": ({"family": "hybrid", "pattern": ["selective_attention"], "layers": 4}, 4, 256),
     "monarch": ({"family": "monarch", "layers": 4}, 4, 256),
     "moe": (

@@ -25,6 +25,7 @@ OWN = {
     "relu": {"family": "moe", "experts": 4, "expert_fraction": 0.5, "router": "relu"},
     "selective": {"family": "hybrid", "pattern": ["mamba2", "selective_attention"], "state_dim": 16},
     "slstm": {"family": "hybrid", "pattern": ["mlstm", "slstm"]},
+    "mosa": {"family": "hybrid", "pattern": ["attention", "mosa"]},
     "memory": {"family": "hybrid", "pattern": ["attention+memory", "attention"], "memory_keys": 24},
 }
 DATA = {"source": "stdlib", "seq": 128}

@@ -68,6 +68,11 @@ CASES["selective"] = {
     "pattern": ["mamba2", "selective_attention"],
     **{"state_dim": 12, "attention_budget": 0.4, "local_window": 6, "layers": 2},
 }
+CASES["mosa"] = {
+    "family": "hybrid",
+    "pattern": ["attention", "mosa"],
+    **{"head_capacity": 0.3, "layers": 2},
+}
 B, T = 2, 40
 
 
@@ -410,7 +415,7 @@ def test_every_parameter_has_a_rule(name):
         ("gated_deltanet", ("mup",)),
         ("xlstm", ("mup",)),
         *((name, ("mup",)) for name in ("differential", "mamba", "longhorn", "slstm", "min_gru", "qlstm")),
-        *((name, ("mup",)) for name in ("moe", "mixture_of_depths", "selective", "monarch")),
+        *((name, ("mup",)) for name in ("moe", "mixture_of_depths", "selective", "mosa", "monarch")),
     ],
 )
 def test_coordinates_keep_their_size_in_width_under_mup(name, rules):
