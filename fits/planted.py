@@ -44,6 +44,10 @@ STUDIES: dict[str, tuple] = {
         {"E": 1.87, "A": 521.0, "B": 1488.0, "alpha": 0.3527, "R_N": 5.31, "R_D": 15.39},
         lambda: _grid(N=_over(5e7, 3e10, 6), D=_over(1e9, 1e12, 7), U=(1e9, 1e10, 1e11)), NOISE,
     ),
+    "steps_batch": (
+        {"E": 1.6, "A": 300.0, "K": 60.0, "alpha": 0.33, "gamma": 0.4, "B_crit": 8e5},
+        lambda: _grid(N=_over(1e7, 1e10, 5), S=_over(1e3, 1e6, 6), B=_over(3e4, 3e7, 5)), NOISE,
+    ),
     "precision": (
         {"E": 2.76, "A": 4299.0, "B": 18060.0, "alpha": 0.4965, "beta": 0.4965, "gamma_w": 2.6745},
         lambda: _grid(N=_over(3e7, 1e9, 5), D=_over(1.5e9, 2.6e10, 4), P=(3, 4, 6, 8, 12, 16)), NOISE,
@@ -79,6 +83,10 @@ STUDIES: dict[str, tuple] = {
         {"E": 0.1, "n0": 4e6, "b": 0.16, "tau": 6.7},
         lambda: _grid(U=(1e7, 1e8, 1e9), D=_over(6e6, 3e10, 20)), 5e-4,
     ),
+    "tuned_ND": (
+        {"K": 1.79, "p": -0.713, "q": 0.307}, lambda: _grid(N=_over(6e7, 1e9, 5), D=_over(2e9, 1e11, 5)), 0.1,
+    ),
+    "tuned_D": ({"K": 0.58, "q": 0.571}, lambda: {"D": _over(2e9, 1e11, 18)}, 0.1),
 }  # fmt: skip
 
 

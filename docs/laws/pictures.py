@@ -168,7 +168,30 @@ def quality():
     return figure
 
 
-PICTURES = {f.__name__: f for f in (data_constrained, serving, precision, moe, growth, quality)}
+@styled
+def tuning():
+    """Step Law's learning rate and batch, and steps against tokens at equal loss."""
+    figure, axes = panels(None, 2, (7.6, 3.2))
+    law, D = get_law("tuned_ND"), np.geomspace(1e9, 1e13, 50)
+    for size, colour in ((1e8, GREEN), (1e9, BLUE), (1e10, ORANGE)):
+        rate = law.predict(law.PUBLISHED, {"N": size, "D": D})
+        axes[0].plot(D, rate, color=colour, label=f"{short(size)} parameters")
+    axes[0].set(xscale="log", yscale="log", xlabel="training tokens D", ylabel="best learning rate")
+    label_log_axis(axes[0].xaxis, short)
+    batch, critical = np.geomspace(3e4, 3e7, 100), 8e5
+    axes[1].plot(
+        batch * (1 + critical / batch) / critical, 1 + critical / batch, color=BLUE, label="equal loss"
+    )
+    axes[1].plot(2, 2, "o", color=ORANGE, label="critical batch")
+    axes[1].set(xscale="log", yscale="log", xlabel="tokens / least tokens", ylabel="steps / least steps")
+    for axis in (axes[1].xaxis, axes[1].yaxis):
+        label_log_axis(axis, short)
+    for ax in axes:
+        ax.legend()
+    return figure
+
+
+PICTURES = {f.__name__: f for f in (data_constrained, serving, precision, moe, growth, quality, tuning)}
 
 
 def main() -> None:

@@ -8,7 +8,18 @@ from typing import ClassVar
 
 import numpy as np
 
-from fits.laws.base import EXPONENT_BOUNDS, Law, linear_starts
+from fits.laws.base import EXPONENT_BOUNDS, Law, Question, linear_starts
+
+
+def _trade(law, params, given):
+    """Hyperbola of steps and tokens: S = S_min (1 + B_crit / B), D = B S."""
+    batch, waste = given["batch_tokens"], 1.0 + params["B_crit"] / given["batch_tokens"]
+    loss = law.predict(params, {"N": given["params"], "S": given["steps"], "B": batch})
+    return {
+        "critical_batch": params["B_crit"], "least_steps": given["steps"] / waste,
+        "least_tokens": given["steps"] / waste * params["B_crit"], "loss": loss,
+        "steps_at_critical": 2.0 * given["steps"] / waste,
+    }  # fmt: skip
 
 
 class StepsBatch(Law):
@@ -27,6 +38,19 @@ class StepsBatch(Law):
     bounds: ClassVar = dict.fromkeys(("E", "A", "K", "B_crit"), (0.0, math.inf)) | dict.fromkeys(
         ("alpha", "gamma"), EXPONENT_BOUNDS
     )
+
+    questions: ClassVar = {
+        "trade": Question(
+            "how few steps, or how few tokens, at other batches for the same loss?",
+            _trade,
+            needs={"params": "parameters", "steps": "of the run", "batch_tokens": "tokens a step of the run"},
+            gives={
+                "critical_batch": "tokens a step: twice the least steps at twice the least tokens",
+                "least_steps": "at batches far above it", "least_tokens": "at batches far below it",
+                "steps_at_critical": "at the critical batch", "loss": "of all these",
+            },
+        )
+    }  # fmt: skip
 
     def predict(self, params, x, xp=np):
         log_steps = xp.log(x["S"]) - xp.log1p(params["B_crit"] / x["B"])
