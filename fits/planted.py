@@ -87,6 +87,9 @@ STUDIES: dict[str, tuple] = {
         {"K": 1.79, "p": -0.713, "q": 0.307}, lambda: _grid(N=_over(6e7, 1e9, 5), D=_over(2e9, 1e11, 5)), 0.1,
     ),
     "tuned_D": ({"K": 0.58, "q": 0.571}, lambda: {"D": _over(2e9, 1e11, 18)}, 0.1),
+    "coverage": (
+        {"U": 0.05, "a": 0.45, "b": 2.0}, lambda: {"K": np.unique(np.round(_over(1, 1e5, 40)))}, 0.01,
+    ),
 }  # fmt: skip
 
 

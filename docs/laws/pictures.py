@@ -191,7 +191,26 @@ def tuning():
     return figure
 
 
-PICTURES = {f.__name__: f for f in (data_constrained, serving, precision, moe, growth, quality, tuning)}
+@styled
+def coverage():
+    """Failures against attempts: each problem's fall exponentially, their mean as a power."""
+    figure, [ax] = panels(None, 1, ONE)
+    law, k = get_law("coverage"), np.geomspace(1, 1e5, 200)
+    for rate in (0.3, 0.03, 0.003):
+        name = "one problem each" if rate == 0.3 else None
+        ax.plot(k, (1 - rate) ** k, color=GREY, lw=0.8, ls="--", label=name)
+    for floor, a, colour in ((0.0, 0.45, BLUE), (0.0, 0.25, GREEN), (0.05, 0.45, ORANGE)):
+        left = law.predict({"U": floor, "a": a, "b": 2.0}, {"K": k})
+        ax.plot(k, left, color=colour, label=f"a {a:g}" + f", {floor:g} unsolvable" * (floor > 0))
+    ax.set(xscale="log", yscale="log", ylim=(5e-3, 1.1), xlabel="attempts k", ylabel="1 - pass@k")
+    label_log_axis(ax.xaxis, short)
+    ax.legend(fontsize=8, loc="upper right")
+    return figure
+
+
+PICTURES = {
+    f.__name__: f for f in (data_constrained, serving, precision, moe, growth, quality, tuning, coverage)
+}
 
 
 def main() -> None:

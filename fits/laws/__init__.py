@@ -16,6 +16,7 @@ from fits.laws.base import COLUMN_OF, EXPONENT_BOUNDS, Law, PowerSum, Question, 
 from fits.laws.basic import Chinchilla, Kaplan, PowerC, PowerD, PowerN, Product, Tied
 from fits.laws.batch import StepsBatch
 from fits.laws.broken import BrokenC, BrokenD
+from fits.laws.coverage import Coverage
 from fits.laws.growth import AverageParams, Upcycling
 from fits.laws.moe import FineGrained, Leverage
 from fits.laws.overtraining import Overtraining
@@ -31,7 +32,7 @@ LAWS: dict[str, Law] = {
         DataConstrained(), DataConstrainedTied(), BrokenD(), BrokenC(), StepsBatch(), Precision(),
         PrecisionJoint(), PostTraining(), QatShare(), FineGrained(), Leverage(),
         Upcycling(), AverageParams(), Quality(),
-        TunedND(), TunedD(),
+        TunedND(), TunedD(), Coverage(),
     )
 }  # fmt: skip
 
