@@ -90,6 +90,9 @@ STUDIES: dict[str, tuple] = {
     "coverage": (
         {"U": 0.05, "a": 0.45, "b": 2.0}, lambda: {"K": np.unique(np.round(_over(1, 1e5, 40)))}, 0.01,
     ),
+    "updates_to_data": (
+        {"E": 2e5, "K": 3e5, "alpha": 0.6}, lambda: {"R": np.repeat(_over(0.25, 32, 8), 4)}, 0.02,
+    ),
 }  # fmt: skip
 
 

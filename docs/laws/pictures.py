@@ -208,8 +208,31 @@ def coverage():
     return figure
 
 
+@styled
+def rl():
+    """Data against updates at equal return, and the cheapest ratio at three prices."""
+    figure, [ax] = panels(None, 1, ONE)
+    law = get_law("updates_to_data")
+    p, ratio = (
+        {k: np.array([v]) for k, v in STUDIES["updates_to_data"][0].items()},
+        np.geomspace(0.05, 200, 300),
+    )
+    data = law.predict(STUDIES["updates_to_data"][0], {"R": ratio})
+    ax.plot(data, ratio * data, color=BLUE, label="equal return")
+    for price, colour in ((1.0, ORANGE), (0.1, GREEN), (0.01, PURPLE)):
+        got = law.questions["budget"].answer(law, p, {"price_datum": 1.0, "price_update": price})
+        ax.plot(got["data"], got["updates"], "o", color=colour, label=f"an update at {price:g} of a step")
+    ax.set(
+        xscale="log", yscale="log", xlabel="environment steps", ylabel="updates", title="planted constants"
+    )
+    for axis in (ax.xaxis, ax.yaxis):
+        label_log_axis(axis, short)
+    ax.legend()
+    return figure
+
+
 PICTURES = {
-    f.__name__: f for f in (data_constrained, serving, precision, moe, growth, quality, tuning, coverage)
+    f.__name__: f for f in (data_constrained, serving, precision, moe, growth, quality, tuning, coverage, rl)
 }
 
 

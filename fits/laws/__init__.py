@@ -23,6 +23,7 @@ from fits.laws.overtraining import Overtraining
 from fits.laws.precision import PostTraining, Precision, PrecisionJoint, QatShare
 from fits.laws.quality import Quality
 from fits.laws.repetition import DataConstrained, DataConstrainedTied
+from fits.laws.rl import UpdatesToData
 from fits.laws.tuning import TunedD, TunedND
 
 LAWS: dict[str, Law] = {
@@ -32,7 +33,7 @@ LAWS: dict[str, Law] = {
         DataConstrained(), DataConstrainedTied(), BrokenD(), BrokenC(), StepsBatch(), Precision(),
         PrecisionJoint(), PostTraining(), QatShare(), FineGrained(), Leverage(),
         Upcycling(), AverageParams(), Quality(),
-        TunedND(), TunedD(), Coverage(),
+        TunedND(), TunedD(), Coverage(), UpdatesToData(),
     )
 }  # fmt: skip
 
