@@ -231,8 +231,31 @@ def rl():
     return figure
 
 
+@styled
+def ensemble():
+    """Loss against parameters in all, by members, with the asymptote."""
+    figure, [ax] = panels(None, 1, ONE)
+    law, p = get_law("ensemble"), STUDIES["ensemble"][0]
+    for members, colour in ((1, GREY), (2, GREEN), (8, BLUE)):
+        N = np.geomspace(1e8, 3e10 / members, 60)
+        name = f"{members} member" + "s" * (members > 1)
+        ax.plot(N * members, law.predict(p, {"N": N, "M": members}), color=colour, label=name)
+    total = np.geomspace(2e8, 3e10, 60)
+    arrays = {k: np.array([v]) for k, v in p.items()}
+    best = [float(law.questions["split"].answer(law, arrays, {"total_params": t})["loss"][0]) for t in total]
+    ax.plot(total, best, color=ORANGE, ls="--", label="best split")
+    ax.axhline(p["E"], color=GREY, lw=0.8, ls=":")
+    ax.set(
+        xscale="log", xlabel="parameters of all members", ylabel="loss", title="planted constants, fixed data"
+    )
+    label_log_axis(ax.xaxis, short)
+    ax.legend()
+    return figure
+
+
 PICTURES = {
-    f.__name__: f for f in (data_constrained, serving, precision, moe, growth, quality, tuning, coverage, rl)
+    f.__name__: f
+    for f in (data_constrained, serving, precision, moe, growth, quality, tuning, coverage, rl, ensemble)
 }
 
 

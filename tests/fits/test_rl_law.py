@@ -1,4 +1,4 @@
-"""Updates to data: the published form, the frontier, and and the cheapest ratio against a search."""
+"""Updates to data: the published form, the frontier, and the cheapest ratio against a search."""
 
 import numpy as np
 import pytest
