@@ -97,6 +97,12 @@ STUDIES: dict[str, tuple] = {
         {"E": 3.2, "A": 900.0, "B": 0.25, "alpha": 0.4, "beta": 0.9},
         lambda: _grid(N=_over(1e8, 3e9, 5), M=(1, 2, 3, 5, 8)), 5e-4,
     ),
+    "downstream_exponential": (
+        {"top": 0.85, "k": 2.08, "gamma": 0.756}, lambda: {"V": np.linspace(2.0, 4.6, 40)}, 5e-3,
+    ),
+    "downstream_sigmoid": (
+        {"low": 0.15, "top": 0.75, "k": 5.0, "L0": 2.4}, lambda: {"V": np.linspace(1.5, 3.6, 40)}, 5e-3,
+    ),
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from fits.laws import get_law
 from fits.laws.growth import ramp_average
 from fits.laws.precision import SIZE
 from fits.laws.quality import mixture_loss
-from fits.planted import STUDIES
+from fits.planted import STUDIES, planted
 from fits.plots.style import (
     BLUE,
     GREEN,
@@ -29,6 +29,7 @@ from fits.plots.style import (
     short,
     styled,
 )
+from fits.solve import solve
 
 ONE = (5.6, 3.4)
 POOLS = {"utility": [0.16, 0.125, 0.1, 0.085], "half_life": [6.727, 8.545, 5.273, 2.273]}
@@ -253,9 +254,38 @@ def ensemble():
     return figure
 
 
+@styled
+def downstream():
+    """Planted errors against loss, fitted to the weaker models and forecast for the stronger ones."""
+    figure, axes = panels(None, 2, (7.6, 3.2))
+    for ax, name in zip(axes, ("downstream_exponential", "downstream_sigmoid"), strict=True):
+        law, _, x, exact, noise = planted(name)
+        y = exact * np.exp(noise * np.random.default_rng(0).standard_normal(len(exact)))
+        weak = x["V"] > x["V"][12]
+        _, point = solve(law, {"V": np.log(x["V"][weak])}, y[weak], loss="least_squares", starts=4)
+        ax.plot(x["V"][weak], y[weak], "o", ms=3, color=BLUE, label="fitted")
+        ax.plot(x["V"][~weak], y[~weak], "o", ms=3, color=ORANGE, label="held out")
+        ax.plot(x["V"], law.predict(point.params, x), color=GREY, label="forecast")
+        ax.set(xlabel="loss", ylabel="error on the benchmark", title=name)
+        ax.legend()
+    return figure
+
+
 PICTURES = {
     f.__name__: f
-    for f in (data_constrained, serving, precision, moe, growth, quality, tuning, coverage, rl, ensemble)
+    for f in (
+        data_constrained,
+        serving,
+        precision,
+        moe,
+        growth,
+        quality,
+        tuning,
+        coverage,
+        rl,
+        ensemble,
+        downstream,
+    )
 }
 
 

@@ -17,6 +17,7 @@ from fits.laws.basic import Chinchilla, Kaplan, PowerC, PowerD, PowerN, Product,
 from fits.laws.batch import StepsBatch
 from fits.laws.broken import BrokenC, BrokenD
 from fits.laws.coverage import Coverage
+from fits.laws.downstream import DownstreamExponential, DownstreamSigmoid
 from fits.laws.ensemble import Ensemble
 from fits.laws.growth import AverageParams, Upcycling
 from fits.laws.moe import FineGrained, Leverage
@@ -35,7 +36,7 @@ LAWS: dict[str, Law] = {
         PrecisionJoint(), PostTraining(), QatShare(), FineGrained(), Leverage(),
         Upcycling(), AverageParams(), Quality(),
         TunedND(), TunedD(), Coverage(), UpdatesToData(),
-        Ensemble(),
+        Ensemble(), DownstreamExponential(), DownstreamSigmoid(),
     )
 }  # fmt: skip
 
