@@ -82,8 +82,9 @@ def at_most(algorithm, settings: dict, data: dict) -> dict:
         return session.record("planned: more than its budget" if over else "planned") | {"answer": None}
     pool = Pool(plan({k: v for k, v in settings.items() if k != "search"}, data))
     first = start(pool)
-    entries = pool.grow(first)
-    session.ask(entries, [], chosen=len(first))
+    session.search = {**session.search, "budget": math.inf}
+    session.ask(pool.grow(first), [], chosen=len(first))
+    session.search["budget"] = settings["search"]["budget"]
     return session.record("planned") | {"pool_flops": pool.whole(), "pool": len(pool.cells)}
 
 
@@ -133,6 +134,12 @@ def show(record: dict, study: Path) -> None:
         soft_wrap=True,
     )
     answer = record["answer"]
+    if record.get("lacking"):
+        console.print(
+            f"{len(record['lacking'])} cells have no result, `scaling status {study}` says why; run the same "
+            "command again to go on",
+            soft_wrap=True,
+        )
     if record.get("pool"):
         console.print(f"the whole pool: {record['pool']} cells, {record['pool_flops']:.4g} FLOPs")
     if answer is None:

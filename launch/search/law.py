@@ -105,7 +105,9 @@ def narrow(session: Session) -> None:
     """
     s = session.search
     settings = {k: v for k, v in session.settings.items() if k != "search"}
-    pool = Pool(plan(settings, session.data))
+    if "plan" not in session.memo:
+        session.memo["plan"] = plan(settings, session.data)
+    pool = Pool(session.memo["plan"])
     seq = pool.cells[0]["config"]["data"]["seq"]
     model = {"vocab": session.data["vocab"], **settings["model"]}
     cost = FlopsOfSize(session.recipe, model, seq) if s["quantity"] == "N*" else None
@@ -127,7 +129,8 @@ def narrow(session: Session) -> None:
         picks, linear = choose(fit, pool, losses, rest, spend, asked)
         widths.append((reported_half_width(fit, **asked) if fit is not None else math.inf, linear))
         session.answer = describe(fit, widths[-1], session, pool, asked)
-        session.decide(half_width=_finite(widths[-1][0]), linear_half_width=_finite(linear))
+        found = session.answer and session.answer["estimate"]
+        session.decide(estimate=found, half_width=_finite(widths[-1][0]), linear_half_width=_finite(linear))
         if not rest or (s["within"] is not None and is_narrow(widths, s["within"])):
             return
         if not picks:

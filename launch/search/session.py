@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from scaling.attempts import is_cancelled
 from scaling.branches import spent_flops
 from scaling.config import ConfigError
 from scaling.files import CellFolder, write_json
-from scaling.flops import ledger
-from scaling.grid import MANIFEST_SCHEMA, Target, absolute_path, entry, resolve, write_manifest
+from scaling.grid import MANIFEST_SCHEMA, Target, absolute_path, resolve, write_manifest
 from scaling.recipe import recipe_from_config
 from scaling.records import read_manifest, read_result
 
@@ -193,16 +193,18 @@ def run_search(
     Raises:
       StudyError: the folder holds another study or search.
     """
-    asked = None
+    asked: list[str] = []
     while True:
         session = make_session()
         status = replay(algorithm, session)
         lacking = [name for name in session.entries if session.loss_of(name) is None]
-        stuck = status == "waiting" and lacking == asked
-        record = session.record("stopped" if stuck else status)
+        given_up = [name for name in lacking if name in asked]
+        if given_up or (asked and is_cancelled(study)):
+            status = "stopped"
         write_grown(study, session.manifest())
+        record = session.record(status) | {"lacking": lacking if status == "stopped" else []}
         write_json(study / "search.json", record)
-        if status != "waiting" or stuck:
+        if status != "waiting":
             return record
         asked = lacking
         train()
@@ -212,16 +214,7 @@ def write_grown(study: Path, manifest: dict) -> None:
     """The manifest with what is new; the same cells again change nothing."""
     if (study / "manifest.json").exists():
         old = read_manifest(study)
-        if old["study"] == manifest["study"] and [e["id"] for e in old["cells"]] == [
-            e["id"] for e in manifest["cells"]
-        ]:
+        before, now = ({e["id"] for e in m["cells"]} for m in (old, manifest))
+        if old["study"] == manifest["study"] and before == now:
             return
     write_manifest(study, manifest, grow=True)
-
-
-def make_entry(name: str, cell: dict, target: Mapping) -> dict:
-    return entry(name, cell, target)
-
-
-def params_of(cell: Mapping) -> int:
-    return ledger(cell["model"], cell["data"]["seq"]).params_total

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import itertools
+=======
+import json
+>>>>>>> fbbd6a7 (A search stops where cells were given up or cancelled and names them; a law's rounds keep their estimates)
 import math
 from collections.abc import Mapping
 
@@ -66,12 +70,15 @@ def load_search(path, overrides=()) -> dict:
         raise ConfigError(f"{path} has no section search; it must be a mapping with {', '.join(KEYS)}")
     search = validate_search(with_overrides(dict(config.pop("search")), overrides))
     if search["kind"] != "law":
-        if "grid" in config:
+        grid = config.get("grid", {})
+        if not isinstance(grid, Mapping) or set(grid) - {"max_epochs"}:
             raise ConfigError(
-                f"grid is given with search.kind = {search['kind']!r}; only 'law' searches a grid"
+                f"grid is {grid!r} with search.kind = {search['kind']!r}; only 'law' searches a grid; the "
+                "others read grid.max_epochs alone"
             )
         tokens = longest(search)
         config["grid"] = {
+            **grid,
             "kind": "list",
             "cells": [{"params": search["params"] or 1.0, "tokens": tokens}],
             "trunks": True,
@@ -83,8 +90,6 @@ def load_search(path, overrides=()) -> dict:
 
 def with_overrides(search: dict, overrides) -> dict:
     """``search`` with ``key=value`` items (JSON values) on top."""
-    import json
-
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals:

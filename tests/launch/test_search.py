@@ -336,6 +336,7 @@ def finish(study, kill=None):
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["halving", "population"])
 def test_a_killed_search_decides_the_same_and_trains_nothing_twice(corpus, tmp_path, kind):
     from launch.planning import data_facts
@@ -356,6 +357,8 @@ def test_a_killed_search_decides_the_same_and_trains_nothing_twice(corpus, tmp_p
 
         return run_search(study, algorithm_of(kind), make, train)
 
+    stopped = go(tmp_path / "none", lambda: None)  # its cells failed, or were cancelled
+    assert stopped["status"] == "stopped" and len(stopped["lacking"]) == stopped["cells"]
     whole = go(tmp_path / "whole", finish(tmp_path / "whole"))
     assert whole["status"] == "done" and whole["answer"]["loss"] < math.log(256)
     cut = tmp_path / "cut"
