@@ -69,6 +69,7 @@ class Attention(nnx.Module):
         self.qk_norm = cfg["qk_norm"]
         self.soft_cap = cfg["attention_soft_cap"]
         self.window = None if window is None else (window - 1, 0)
+        self.blocks = cfg.get("blocks")
         self.dtype = jnp.dtype(cfg["dtype"])
         self.matmul = cfg.get("matmul", jnp.matmul)
 
@@ -89,6 +90,17 @@ class Attention(nnx.Module):
 
     def mix(self, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
         """Values mixed over the tokens that each query sees, [B, T, N, H]."""
+        if self.blocks is not None:
+            window = None if self.window is None else self.window[0] + 1
+            return self.blocks.attention(
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                segment_ids_BT,
+                scale=self.scale,
+                window=window,
+                soft_cap=self.soft_cap,
+            )
         return dot_product_attention(
             q_BTNH,
             k_BTKH,

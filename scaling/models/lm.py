@@ -332,7 +332,7 @@ class Apply:
 
 
 def make_apply(
-    model_cfg, *, unroll: bool = False, remat: str = "none", matmul=jnp.matmul, places=HERE
+    model_cfg, *, unroll: bool = False, remat: str = "none", matmul=jnp.matmul, places=HERE, blocks=None
 ) -> Apply:
     """The model as a pure function.
 
@@ -345,6 +345,8 @@ def make_apply(
       matmul: the layers' products with their weights, x [..., K] and w [K, N] to [..., N]; hashable. For
         simulated low precision (``scaling.precision.matmul_of``).
       places: where arrays lie on a mesh (``scaling.mesh.OnMesh``); hashable.
+      blocks: for evaluation, which blocks attention computes (``scaling.models.block_choice.BlockChoice``);
+        None: all of them.
 
     Returns:
       Of ``params``, a nested dict of float32 arrays, those under "blocks" stacked over layers. Segments
@@ -352,14 +354,16 @@ def make_apply(
       ``cross_document`` the row is one stream, so that segments and positions given are not used.
 
     Raises:
-      ConfigError: an unknown remat policy.
+      ConfigError: an unknown remat policy, or blocks for layers that choose tokens.
     """
     if remat not in REMAT:
         raise ConfigError(f"remat is {remat!r}; it must be one of {', '.join(map(repr, REMAT))}")
     cfg = dict(model_cfg)
+    if blocks is not None and layers.has(cfg, layers.ROUTED, *layers.CHOOSING):
+        raise ConfigError("blocks are given for a model whose layers choose tokens; they need rows in order")
 
     def make(key):
-        parts = {**cfg, "matmul": matmul, "places": places}
+        parts = {**cfg, "matmul": matmul, "places": places, "blocks": blocks}
         return nnx.split(LM(parts, nnx.Rngs(params=key), unroll=unroll, remat=remat))
 
     graphdef, _ = jax.eval_shape(make, jax.random.key(0))
