@@ -224,6 +224,8 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "sequences": Field(int, lambda x: x > 1, "an integer above 1 (a standard error needs two)", 256),
         "points": _positive_int(1),
         "probes": _flag(False, later=True),
+        "block_threshold": _share(None, optional=True, later=True),
+        "block": Field(int, lambda x: x > 0 and x % 8 == 0, "a positive multiple of 8", 128, later=True),
     },
     "precision": {
         "params": _choice("float32", "bfloat16", default="float32", later=True),
@@ -307,6 +309,7 @@ def validate_cell(cell: Mapping) -> dict:
         )
     check_precision(out)
     check_upcycle(out)
+    check_blocks(out)
     return out
 
 
@@ -321,6 +324,21 @@ def check_optimizer(optim: Mapping, schedule: Mapping) -> None:
         )
     if optim["beta1"] == 0:
         raise ConfigError("optim.beta1 is 0; optim.name = 'schedule_free' divides by it and needs (0, 1)")
+
+
+def check_blocks(cell: Mapping) -> None:
+    """Raises ``ConfigError`` where evaluation in blocks is asked of a model that has no such attention."""
+    threshold, model = cell["eval"]["block_threshold"], cell["model"]
+    if threshold is None and cell["eval"]["block"] != SCHEMA["eval"]["block"].default:
+        raise ConfigError(
+            f"eval.block is {cell['eval']['block']} without eval.block_threshold, which reads it"
+        )
+    in_order = layers.has(model, *set(layers.ATTENTION) - set(layers.CHOOSING))
+    if threshold is not None and (not in_order or layers.has(model, layers.ROUTED, *layers.CHOOSING)):
+        raise ConfigError(
+            f"eval.block_threshold is {threshold!r} with model.family = {model['family']!r}; it must be None "
+            "but for models with attention, none of whose layers choose tokens"
+        )
 
 
 def check_precision(cell: Mapping) -> None:

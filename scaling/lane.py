@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import logging
 import math
@@ -35,6 +36,7 @@ from scaling.files import (
     write_whole,
 )
 from scaling.flops import ledger
+from scaling.models.block_choice import BlockChoice
 from scaling.optim import hyper_parameters
 from scaling.probes import probe
 from scaling.program import Static, placed_shapes, upcycled_state
@@ -291,6 +293,12 @@ class Lane:
         if self.cell["eval"]["probes"] and self.done == self.steps:
             streamed = self.cell["model"]["cross_document"]
             score["probes"] = probe(eval_fn, params, self.heldout, self.dataset.heldout, self.seq, streamed)
+        if self.cell["eval"]["block_threshold"] is not None and self.done == self.steps:
+            blocks = BlockChoice(self.cell["eval"]["block_threshold"], self.cell["eval"]["block"])
+            by_blocks = functools.partial(eval_fn, blocks=blocks)
+            score["block_loss"] = held_out_loss(
+                by_blocks, params, self.heldout, self.dataset.bytes_per_token
+            )["loss"]
         self.evals = [*self.evals, score]
         if self.done < self.steps:
             self.write({"step": self.done, "eval": score})

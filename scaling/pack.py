@@ -11,7 +11,7 @@ import numpy as np
 
 from scaling.config import ConfigError
 from scaling.mesh import RowFeed, pad_rows, row_parts, rows_with_padding
-from scaling.program import Plan, Static, compiled, step_function
+from scaling.program import Plan, Static, compiled, compiled_evaluation, step_function
 
 
 class Turns:
@@ -19,7 +19,7 @@ class Turns:
 
     def __init__(self, static: Static, plan: Plan, batch: int):
         self.one_step, self.evaluate_rows = compiled(static, plan)
-        self.plan = plan
+        self.static, self.plan = static, plan
         self.row_parts = row_parts(plan.mesh)
         parts = self.row_parts * plan.accumulate
         self.rows = rows_with_padding(batch, parts)
@@ -36,13 +36,20 @@ class Turns:
         """A batch of ``mine`` rows where the step takes it, filled up with rows that count for nothing."""
         return pad_rows(batch, self.rows) if self.feed is None else self.feed.place(batch)
 
-    def evaluate(self, params, batch):
-        """Summed nats and tokens of each row of a whole batch, as ``scaling.models.loss.eval_sums``."""
+    def evaluate(self, params, batch, blocks=None):
+        """Summed nats and tokens of each row of a whole batch, as ``scaling.models.loss.eval_sums``.
+
+        Args:
+          blocks: which blocks of attention are computed (``BlockChoice``); None: all.
+        """
+        evaluate_rows = self.evaluate_rows
+        if blocks is not None:
+            evaluate_rows = compiled_evaluation(self.static, self.plan.mesh, blocks)
         if self.feed is None:
-            return self.evaluate_rows(params, batch)
+            return evaluate_rows(params, batch)
         rows = len(batch["inputs"])
         feed = RowFeed(self.plan.mesh, rows, self.row_parts)
-        out = self.evaluate_rows(params, feed.place({k: v[feed.mine] for k, v in batch.items()}))
+        out = evaluate_rows(params, feed.place({k: v[feed.mine] for k, v in batch.items()}))
         return tuple(np.asarray(x)[:rows] for x in out)
 
     def step(self, states: list, batches: Sequence, hp: Sequence):
@@ -75,12 +82,15 @@ class Vmapped:
     mine = slice(None)
 
     def __init__(self, static: Static, plan: Plan):
-        _, self.evaluate = compiled(static, plan)
+        self.static = static
         self.all_steps, self.one_of = vmapped(static, plan)
         self.filler: dict | None = None
 
     def gather(self, trees: Sequence):
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+    def evaluate(self, params, batch, blocks=None):
+        return compiled_evaluation(self.static, None, blocks)(params, batch)
 
     def step(self, states, batches: Sequence, hp):
         there = next(b for b in batches if b is not None)

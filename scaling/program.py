@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import sharding
 from scaling.config import as_static
 from scaling.mesh import ROWS, OnMesh, batch_sharding, state_shardings
+from scaling.models.block_choice import BlockChoice
 from scaling.models.lm import HERE, Apply, init_params, make_apply, once_options
 from scaling.models.loss import eval_sums
 from scaling.models.upcycled import upcycled_params
@@ -62,7 +63,9 @@ class Static:
         """How a bfloat16 parameter is rounded after an update."""
         return dict(self.precision).get("rounding") == "stochastic"
 
-    def apply(self, remat: str = "none", mesh: Mesh | None = None) -> Apply:
+    def apply(
+        self, remat: str = "none", mesh: Mesh | None = None, blocks: BlockChoice | None = None
+    ) -> Apply:
         """The model as a pure function (``scaling.models.lm.make_apply``)."""
         model = dict(self.model)
         return make_apply(
@@ -71,6 +74,7 @@ class Static:
             remat=remat,
             matmul=matmul_of(dict(self.precision)),
             places=HERE if mesh is None else OnMesh(mesh),
+            blocks=blocks,
         )
 
 
@@ -156,9 +160,9 @@ def step_function(static: Static, plan: Plan = Plan()):
     return on_mesh(functools.partial(train_step, apply, static, accumulate=plan.accumulate), plan.mesh)
 
 
-def eval_function(static: Static, mesh: Mesh | None = None):
-    """(params, batch) to (nats_B, tokens_B), pure and not yet jitted."""
-    return on_mesh(functools.partial(eval_sums, static.apply(mesh=mesh)), mesh)
+def eval_function(static: Static, mesh: Mesh | None = None, blocks: BlockChoice | None = None):
+    """(params, batch) to (nats_B, tokens_B), pure and not yet jitted; of ``blocks`` of attention alone."""
+    return on_mesh(functools.partial(eval_sums, static.apply(mesh=mesh, blocks=blocks)), mesh)
 
 
 def on_mesh(function, mesh: Mesh | None):
@@ -177,14 +181,24 @@ def on_mesh(function, mesh: Mesh | None):
 @functools.lru_cache(maxsize=8)
 def compiled(static: Static, plan: Plan = Plan()):
     """The jitted step (it donates the state) and evaluation; cells of one ``Static`` share them."""
-    step, evaluate = step_function(static, plan), eval_function(static, plan.mesh)
+    step = step_function(static, plan)
     if plan.mesh is None:
-        return jax.jit(step, donate_argnums=0), jax.jit(evaluate)
+        return jax.jit(step, donate_argnums=0), compiled_evaluation(static, None, None)
     state, rows, whole = step_shardings(static, plan.mesh)
     return (
         jax.jit(step, donate_argnums=0, in_shardings=(state, rows, whole), out_shardings=(state, whole)),
-        jax.jit(evaluate, in_shardings=(state.params, rows), out_shardings=whole),
+        compiled_evaluation(static, plan.mesh, None),
     )
+
+
+@functools.lru_cache(maxsize=8)
+def compiled_evaluation(static: Static, mesh: Mesh | None, blocks: BlockChoice | None):
+    """``eval_function``, jitted."""
+    evaluate = eval_function(static, mesh, blocks)
+    if mesh is None:
+        return jax.jit(evaluate)
+    state, rows, whole = step_shardings(static, mesh)
+    return jax.jit(evaluate, in_shardings=(state.params, rows), out_shardings=whole)
 
 
 def step_shardings(static: Static, mesh: Mesh):

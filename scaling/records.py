@@ -67,6 +67,7 @@ COLUMNS = {
     "loss_stderr": "its standard error over held-out sequences",
     "bits_per_byte": "held-out cross-entropy, bits per byte of text",
     **PROBES,
+    "block_loss": "the loss of attention in the blocks of eval.block_threshold alone, at the last evaluation",
     "batch_tokens": "tokens in one step",
     "steps": "updates in the whole cell",
     "lr": "peak learning rate",
@@ -195,6 +196,7 @@ def cell_rows(manifest: Mapping, entry: Mapping, folder: CellFolder) -> list[dic
                 "loss_stderr": score["loss_stderr"],
                 "bits_per_byte": score.get("bits_per_byte"),
                 **score.get("probes", {}),
+                "block_loss": score.get("block_loss"),
                 **{c: account.train_flops(tokens, name) for c, name in CONVENTIONS.items()},
             }
         )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import itertools
-=======
 import json
->>>>>>> fbbd6a7 (A search stops where cells were given up or cancelled and names them; a law's rounds keep their estimates)
 import math
 from collections.abc import Mapping
 

@@ -5,11 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_study import tiny_cell
 
-from scaling.config import ConfigError, validate_section
+from scaling.config import ConfigError, validate_cell, validate_section
+from scaling.files import CellFolder
 from scaling.models.attention import Attention, rope_table
 from scaling.models.block_choice import BlockChoice
 from scaling.models.lm import init_params, make_apply
+from scaling.records import COLUMNS
+from scaling.train import train
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 BASE = {"d_model": 32, "layers": 1, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn_dim": 24, "vocab": 31}
@@ -114,3 +118,31 @@ def test_a_model_evaluated_by_blocks():
 def test_bad_choices(values, words):
     with pytest.raises(ConfigError, match=words):
         BlockChoice(*values)
+
+
+def test_a_record_has_the_loss_by_blocks_at_its_last_evaluation(corpus, tmp_path):
+    losses = {}
+    for threshold in (None, 0.3, 1.0):
+        settings = {} if threshold is None else {"block_threshold": threshold, "block": 8}
+        folder = CellFolder(tmp_path, str(threshold))
+        first, losses[threshold] = train(tiny_cell(corpus, eval=settings), folder)["evals"]
+        assert "block_loss" not in first
+    assert "block_loss" in COLUMNS and "block_loss" not in losses[None]
+    assert losses[0.3]["loss"] == losses[1.0]["loss"] == losses[None]["loss"]
+    assert losses[1.0]["block_loss"] == pytest.approx(losses[None]["loss"], rel=1e-6)
+    assert abs(losses[0.3]["block_loss"] - losses[None]["loss"]) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"eval": {"block_threshold": 1.5}}, "eval.block_threshold is 1.5"),
+        ({"eval": {"block": 64}}, "eval.block is 64 without eval.block_threshold"),
+        ({"eval": {"block": 12, "block_threshold": 0.5}}, "eval.block is 12"),
+        ({"model": {"family": "min_gru"}, "eval": {"block_threshold": 0.5}}, "for models with attention"),
+        ({"model": {"family": "mixture_of_depths"}, "eval": {"block_threshold": 0.5}}, "choose tokens"),
+    ],
+)
+def test_bad_settings(corpus, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        validate_cell(tiny_cell(corpus, **changes))
