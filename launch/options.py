@@ -67,7 +67,9 @@ RUN_OPTIONS = (
 )
 DEVICE_OPTIONS = (
     click.option(
-        "--mesh", metavar="REPLICA,FSDP,TENSOR", help="Devices that each cell is split over, e.g. 1,8,1."
+        "--mesh",
+        metavar="REPLICA,FSDP,TENSOR[,EXPERT]",
+        help="Devices that each cell is split over, e.g. 1,8,1.",
     ),
     click.option(
         "--remat",

@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--remat", default="none", help="none, dots, full or auto")
     parser.add_argument("--accumulate", type=int, default=1, help="parts that a batch is taken in")
     parser.add_argument("--memory-gb", type=float, help="what --remat auto may use of each device")
-    parser.add_argument("--mesh", help="replica,fsdp,tensor: devices that each cell is split over")
+    parser.add_argument("--mesh", help="replica,fsdp,tensor[,expert]: devices that each cell is split over")
     parser.add_argument("--distributed", help="auto, or HOST:PORT,COUNT,INDEX: one process of several")
     parser.add_argument("--cell", action="append", help="only this cell (may be given again)")
     parser.add_argument("--wandb", default="off")

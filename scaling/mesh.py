@@ -1,11 +1,15 @@
-"""One mesh for every model: replica x fsdp x tensor, and where each array lies on it.
+"""One mesh for every model: replica x fsdp x tensor (x expert), and where each array lies on it.
 
-Rows of a batch are split over replica and fsdp. A parameter is split over fsdp along ``d_model`` and
-over tensor along heads, feed-forward channels or vocabulary (``AXES``; the axes are declared where the
-parameter is made, in ``scaling.models``); optimizer state lies as its parameter does. XLA's partitioner
-does the rest: it gathers a layer's weights where they are used and scatters their gradients (Rajbhandari
-et al. 2020, stage 3; Shoeybi et al. 2019 for tensor). replica keeps whole copies, for slices that are joined
-by a slower network.
+Rows of a batch are split over replica and fsdp (and expert). A parameter is split over fsdp along
+``d_model`` and over tensor along heads, feed-forward channels or vocabulary (``AXES``; the axes are declared
+where the parameter is made, in ``scaling.models``); optimizer state lies as its parameter does. XLA's
+partitioner does the rest: it gathers a layer's weights where they are used and scatters their gradients
+(Rajbhandari et al. 2020, stage 3; Shoeybi et al. 2019 for tensor). replica keeps whole copies, for slices
+that are joined by a slower network.
+
+expert splits experts: each of its devices has some, and the tokens go to them and come back (Lepikhin et al.
+2021, "GShard", section 3.3), where fsdp alone would gather every expert's weights. All else takes expert as
+more of fsdp. A mesh of one expert part has no such axis.
 
 No number depends on the mesh but by the order of sums.
 """
@@ -23,10 +27,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from scaling.config import ConfigError
+from scaling.layers import has
 from scaling.models.lm import param_axes
 
-ROWS = ("replica", "fsdp")
-AXES = {"d_model": "fsdp", "heads": "tensor", "kv_heads": "tensor", "ffn_dim": "tensor", "vocab": "tensor"}
+ROWS = ("replica", "fsdp", "expert")
+AXES = {
+    "d_model": "fsdp",
+    **dict.fromkeys(("heads", "kv_heads", "ffn_dim", "vocab"), "tensor"),
+    "experts": "expert",
+}
 """Axis of a parameter, named as the config names its size, to the mesh axis that splits it."""
 
 
@@ -36,7 +45,7 @@ class MeshShape:
 
     Attributes:
       replica: whole copies of the model. fsdp: parts that each copy is split into along ``d_model``.
-      tensor: parts along heads and channels.
+      tensor: parts along heads and channels. expert: parts along experts.
 
     Raises:
       ConfigError: a part below 1.
@@ -45,6 +54,7 @@ class MeshShape:
     replica: int = 1
     fsdp: int = 1
     tensor: int = 1
+    expert: int = 1
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
@@ -54,22 +64,34 @@ class MeshShape:
     @property
     def devices(self) -> int:
         """Devices in all."""
-        return self.replica * self.fsdp * self.tensor
+        return self.replica * self.fsdp * self.tensor * self.expert
 
     @classmethod
     def parse(cls, text: str) -> MeshShape:
-        """From ``"replica,fsdp,tensor"``, as the command line takes it.
+        """From ``"replica,fsdp,tensor"`` or ``"replica,fsdp,tensor,expert"``, as the command line takes it.
 
         Raises:
-          ConfigError: not three positive integers.
+          ConfigError: not three or four positive integers.
         """
         parts = text.split(",")
-        if len(parts) != 3 or not all(p.strip().isdigit() for p in parts):
-            raise ConfigError(f"mesh is {text!r}; it must be replica,fsdp,tensor such as 1,8,1")
+        if len(parts) not in (3, 4) or not all(p.strip().isdigit() for p in parts):
+            raise ConfigError(
+                f"mesh is {text!r}; it must be replica,fsdp,tensor such as 1,8,1, or with a fourth number "
+                "replica,fsdp,tensor,expert"
+            )
         return cls(*map(int, parts))
 
     def __str__(self) -> str:
-        return f"{self.replica},{self.fsdp},{self.tensor}"
+        return f"{self.replica},{self.fsdp},{self.tensor}" + f",{self.expert}" * (self.expert > 1)
+
+    def check(self, model: Mapping) -> None:
+        """Raises ``ConfigError`` where a ``model`` section's experts are not split evenly."""
+        if self.expert > 1 and not has(model, "moe"):
+            raise ConfigError(f"mesh.expert is {self.expert} for a model without experts; it must be 1")
+        if self.expert > 1 and model["experts"] % self.expert:
+            raise ConfigError(
+                f"mesh.expert is {self.expert}; it must divide model.experts = {model['experts']}"
+            )
 
 
 def make_mesh(shape: MeshShape, devices: Sequence | None = None) -> Mesh:
@@ -85,26 +107,38 @@ def make_mesh(shape: MeshShape, devices: Sequence | None = None) -> Mesh:
     if len(devices) != shape.devices:
         raise ConfigError(
             f"mesh is {shape}, {shape.devices} devices; this job has {len(devices)}: replica x fsdp x tensor "
-            "must be their number"
+            "(x expert) must be their number"
         )
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     if shape.replica % slices:
         raise ConfigError(f"mesh.replica is {shape.replica}; it must be a multiple of the {slices} slices")
-    sizes = (shape.replica, shape.fsdp, shape.tensor)
+    # experts inside fsdp: neighbours, as the tokens go to and fro in every layer
+    own = {
+        "fsdp": shape.fsdp,
+        **({"expert": shape.expert} if shape.expert > 1 else {}),
+        "tensor": shape.tensor,
+    }
+    sizes = (shape.replica, *own.values())
     if devices[0].platform == "cpu":  # no network to follow: the same order in every process
         grid = np.array(devices).reshape(sizes)
     elif slices > 1:
-        inside = (shape.replica // slices, shape.fsdp, shape.tensor)
-        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+        inside = (shape.replica // slices, *own.values())
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, *(1 for _ in own)), devices)
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return Mesh(grid, (*ROWS, "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return Mesh(grid, ("replica", *own), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def row_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes that split the rows of a batch."""
+    return tuple(name for name in ROWS if name in mesh.shape)
 
 
 def param_spec(axes: Sequence[str | None], size: Sequence[int], mesh: Mesh, model: Mapping) -> P:
     """How one parameter is split.
 
-    Heads are split whole. An axis that the mesh does not divide is left whole on every device.
+    Heads are split whole. An axis that the mesh does not divide is left whole on every device. What has no
+    axis of experts is split over fsdp and expert together.
 
     Args:
       axes: names from ``scaling.models.lm.param_axes``. size: its shape. model: the cell's model section.
@@ -112,8 +146,12 @@ def param_spec(axes: Sequence[str | None], size: Sequence[int], mesh: Mesh, mode
 
     def part(axis, length):
         name = AXES.get(axis)
-        if name is None:
+        if name not in mesh.shape:
             return None
+        if name == "fsdp" and "expert" in mesh.shape and "experts" not in axes:
+            both = ("fsdp", "expert")
+            if length % math.prod(mesh.shape[n] for n in both) == 0:
+                return both
         units = model[axis] if axis in ("heads", "kv_heads") else length
         return name if units % mesh.shape[name] == 0 else None
 
@@ -155,18 +193,30 @@ def _names(path) -> tuple[str, ...]:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays [batch, seq] (and of any whose first axis is rows)."""
-    return NamedSharding(mesh, P(ROWS))
+    return NamedSharding(mesh, P(row_axes(mesh)))
 
 
 @dataclasses.dataclass(frozen=True)
 class OnMesh:
-    """``scaling.models.lm.Places`` on a mesh: said where XLA would guess wrong."""
+    """``scaling.models.places.Places`` on a mesh: said where XLA would guess wrong."""
 
     mesh: Mesh
 
     def rows(self, x):
         """[B, ...] split by rows."""
         return jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh))
+
+    def to_experts(self, x):
+        """[B, E, C, D] with every expert's where its weights are; nothing without an axis of experts."""
+        return x if "expert" not in self.mesh.shape else self._by_experts(self.rows(x))
+
+    def from_experts(self, x):
+        """The way back, from where ``to_experts`` has put it to where the rows are."""
+        return x if "expert" not in self.mesh.shape else self.rows(self._by_experts(x))
+
+    def _by_experts(self, x):
+        rows = tuple(name for name in row_axes(self.mesh) if name != "expert")
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(rows, "expert")))
 
     def table(self, x):
         """[V, D] with whole rows to look up; the vocabulary over tensor where it divides."""
@@ -176,7 +226,7 @@ class OnMesh:
 
 def row_parts(mesh: Mesh | None) -> int:
     """Parts that the rows of a batch are split into; 1 without a mesh."""
-    return 1 if mesh is None else math.prod(mesh.shape[name] for name in ROWS)
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in row_axes(mesh))
 
 
 def rows_with_padding(rows: int, parts: int) -> int:

@@ -12,10 +12,11 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import sharding
 from scaling.config import as_static
-from scaling.mesh import ROWS, OnMesh, batch_sharding, state_shardings
+from scaling.mesh import OnMesh, batch_sharding, row_axes, state_shardings
 from scaling.models.block_choice import BlockChoice
-from scaling.models.lm import HERE, Apply, init_params, make_apply, once_options
+from scaling.models.lm import Apply, init_params, make_apply, once_options
 from scaling.models.loss import eval_sums
+from scaling.models.places import HERE
 from scaling.models.upcycled import upcycled_params
 from scaling.optim import hyper_parameter_shapes
 from scaling.precision import matmul_of
@@ -172,7 +173,7 @@ def on_mesh(function, mesh: Mesh | None):
 
     @functools.wraps(function.func)
     def placed(*args):
-        with sharding.placed(mesh, b=ROWS, k="tensor"):
+        with sharding.placed(mesh, b=row_axes(mesh), k="tensor"):
             return function(*args)
 
     return placed

@@ -155,6 +155,8 @@ def plan_of(execution: Execution, cell: Mapping) -> Plan:
     shape = execution.mesh
     if shape is None and hosts.several():
         shape = MeshShape(fsdp=jax.device_count())
+    if shape is not None:
+        shape.check(cell["model"])
     # of one machine a cell may take a part; processes that join must all have one
     devices = None if hosts.several() or shape is None else jax.devices()[: shape.devices]
     mesh = None if shape is None else make_mesh(shape, devices)

@@ -29,6 +29,20 @@ WAYS = {
 }
 
 
+EXPERT_WAYS = {
+    "alone": Execution(),
+    "1,1,1,2": Execution(mesh=MeshShape(expert=2)),
+    "1,2,1,2": Execution(mesh=MeshShape(fsdp=2, expert=2)),
+    "1,1,2,4": Execution(mesh=MeshShape(tensor=2, expert=4)),
+}
+
+
+def experts_cell(corpus):
+    experts = {"family": "moe", "experts": 4, "capacity_factor": 1.2, "shared_experts": 1}
+    model = {"layers": 1, "kv_heads": 2, **experts}
+    return tiny_cell(corpus, model=model, train={"batch": 6, "steps": 8})
+
+
 def the_cell(corpus):
     return tiny_cell(
         corpus,
@@ -48,6 +62,12 @@ def main(corpus, folder):
         result = train(cell, where, execution)
         out["losses"][name], out["final"][name] = losses(where), result["loss"]
         out["devices"][name] = result["devices"]
+
+    cell_of_experts, out["experts"] = experts_cell(corpus), {}
+    for name, execution in EXPERT_WAYS.items():
+        where = CellFolder(folder, f"experts {name}".replace(",", "-"))
+        result = train(cell_of_experts, where, execution)
+        out["experts"][name] = [*losses(where), result["loss"]]
 
     # killed on eight devices, gone on with on two, then on one
     where, kill_after = CellFolder(folder, "resumed"), {"step": 0}

@@ -61,7 +61,7 @@ def choices(program: Program, target: Target, remat: str | None = None) -> Itera
     mesh = mesh_for(program, target)
     if mesh is None:
         return
-    own = program.batch // (mesh.replica * mesh.fsdp)
+    own = program.batch // (mesh.replica * mesh.fsdp * mesh.expert)
     most = max(1, MICRO_TOKENS // program.seq)
     sizes = [rows for rows in _powers(most) if own % rows == 0]
     found = [Choice(mesh, policy, rows, own // rows) for policy in REMATS for rows in sizes]

@@ -29,6 +29,7 @@ from scaling.models.moe import Density, MoE, sum_of
 from scaling.models.monarch import Monarch
 from scaling.models.mosa import MoSA
 from scaling.models.norm import RMSNorm
+from scaling.models.places import HERE
 from scaling.models.qlstm import QLSTM
 from scaling.models.rglru import RGLRU
 from scaling.models.selective_attention import SelectiveAttention
@@ -63,21 +64,6 @@ REMAT = {
 def times(multiplier: float, x):
     """A multiplier that leaves no trace in the program where it is 1."""
     return x if multiplier == 1 else x * multiplier
-
-
-class Places:
-    """Where arrays lie on one device: where they are. ``scaling.mesh.OnMesh`` has the same methods."""
-
-    def rows(self, x):
-        """An array whose first axis is the batch's rows, such as the residual stream [B, T, D]."""
-        return x
-
-    def table(self, x):
-        """The token table [V, D], about to be looked up."""
-        return x
-
-
-HERE = Places()
 
 
 class Block(nnx.Module):

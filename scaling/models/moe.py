@@ -8,6 +8,7 @@ from flax import nnx
 
 from scaling import layers, parametrization
 from scaling.models import init
+from scaling.models.places import HERE
 from scaling.models.swiglu import SwiGLU
 
 
@@ -57,9 +58,9 @@ class MoE(nnx.Module):
         D, E, F = cfg["d_model"], cfg["experts"], layers.expert_dim(cfg)
         gain = init.residual_gain(parametrization.residual_branches(cfg))
         self.router = init.matrix(rngs, D, E, axes=("d_model", None))
-        self.gate = init.matrix(rngs, D, F, axes=("d_model", "ffn_dim"), count=E)
-        self.up = init.matrix(rngs, D, F, axes=("d_model", "ffn_dim"), count=E)
-        self.down = init.matrix(rngs, F, D, gain, axes=("ffn_dim", "d_model"), count=E)
+        self.gate = init.matrix(rngs, D, F, axes=("d_model", "ffn_dim"), count=E, lead="experts")
+        self.up = init.matrix(rngs, D, F, axes=("d_model", "ffn_dim"), count=E, lead="experts")
+        self.down = init.matrix(rngs, F, D, gain, axes=("ffn_dim", "d_model"), count=E, lead="experts")
         self.has_shared = cfg["shared_experts"] > 0
         if self.has_shared:
             self.shared = SwiGLU({**cfg, "ffn_dim": cfg["shared_experts"] * F}, rngs)
@@ -68,7 +69,7 @@ class MoE(nnx.Module):
         self.capacity_factor = cfg["capacity_factor"]
         self.balance_loss, self.router_z_loss = cfg["balance_loss"], cfg["router_z_loss"]
         self.dtype = jnp.dtype(cfg["dtype"])
-        self.matmul = cfg.get("matmul", jnp.matmul)
+        self.matmul, self.places = cfg.get("matmul", jnp.matmul), cfg.get("places", HERE)
 
     def __call__(self, x_BTD):
         logits_BTE = x_BTD.astype(jnp.float32) @ self.router[...]
@@ -129,10 +130,11 @@ class MoE(nnx.Module):
         B, _, D = x_BTD.shape
         sent = lambda x_TD, taken_P: x_TD.at[taken_P].get(mode="fill", fill_value=0)  # noqa: E731
         x_BECD = jax.vmap(sent)(x_BTD, taken_BP).reshape(B, self.experts, -1, D)  # an empty place holds zeros
+        x_BECD = self.places.to_experts(x_BECD)
         each = jax.vmap(self.matmul, in_axes=(1, 0), out_axes=1)
         gate, up, down = (w[...].astype(self.dtype) for w in (self.gate, self.up, self.down))
         y_BECD = each(jax.nn.silu(each(x_BECD, gate)) * each(x_BECD, up), down)
-        return y_BECD.reshape(B, -1, D)
+        return self.places.from_experts(y_BECD).reshape(B, -1, D)
 
     @staticmethod
     def take_back(y_PD, places_Tk, weights_Tk):

@@ -302,8 +302,12 @@ FAMILIES = {
 @needs_libtpu
 @pytest.mark.parametrize(
     ("family", "mesh"),
-    [("griffin", MeshShape()), *((family, MeshShape(1, 2, 2)) for family in FAMILIES)],
-    ids=["griffin, one chip", *FAMILIES],
+    [
+        ("griffin", MeshShape()),
+        ("moe", MeshShape(1, 2, 1, 2)),
+        *((family, MeshShape(1, 2, 2)) for family in FAMILIES),
+    ],
+    ids=["griffin, one chip", "moe, experts split", *FAMILIES],
 )
 def test_every_family_compiles_for_v5e_with_its_kernels(corpus, family, mesh):
     """On one chip and on a mesh that splits rows and heads; kernels take their own part alone."""
@@ -312,9 +316,14 @@ def test_every_family_compiles_for_v5e_with_its_kernels(corpus, family, mesh):
     model |= {"dtype": "bfloat16", "family": family} | changes
     program = of(tiny_cell(corpus, model=model, data={"seq": 512}, train={"batch": 8}))
     target = slice_of("v5e", (2, 2) if mesh.devices == 4 else (1, 1))
-    found = compile_step(program, target, Choice(mesh, "none", 8 // mesh.fsdp, 1), Cache(None))
+    found = compile_step(
+        program, target, Choice(mesh, "none", 8 // (mesh.fsdp * mesh.expert), 1), Cache(None)
+    )
     assert found["error"] is None and found["unknown_loops"] == []
     assert kernels <= set(found["kernels"])
+    # tokens go to their experts and come back, in every layer and its backward pass
+    moved = sum(c["times"] for c in found["collectives"] if c["kind"] == "all-to-all")
+    assert moved == 4 * model["layers"] * (mesh.expert > 1)
     flops = program.flops / mesh.devices
     # the ledger's exact count, against chunks and squares as the kernels compute them
     assert 0.7 * flops < found["flops"] < 2.0 * flops

@@ -18,10 +18,19 @@ from tiny_study import tiny_cell, tiny_study
 
 from launch.cli import cli
 from scaling.config import ConfigError
-from scaling.files import read_json
-from scaling.mesh import MeshShape, make_mesh, pad_rows, row_parts, rows_with_padding, state_shardings
+from scaling.files import CellFolder, read_json
+from scaling.mesh import (
+    MeshShape,
+    make_mesh,
+    pad_rows,
+    row_axes,
+    row_parts,
+    rows_with_padding,
+    state_shardings,
+)
 from scaling.program import Static, state_shapes
 from scaling.records import read_manifest
+from scaling.train import Execution, train
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 ROOT = Path(__file__).parents[2]
@@ -30,14 +39,18 @@ ROOT = Path(__file__).parents[2]
 SAME = {"rtol": 1e-5}
 
 
-def abstract(replica=1, fsdp=1, tensor=1):
-    return AbstractMesh((replica, fsdp, tensor), ("replica", "fsdp", "tensor"))
+def abstract(replica=1, fsdp=1, tensor=1, expert=1):
+    if expert == 1:
+        return AbstractMesh((replica, fsdp, tensor), ("replica", "fsdp", "tensor"))
+    return AbstractMesh((replica, fsdp, expert, tensor), ("replica", "fsdp", "expert", "tensor"))
 
 
 def test_shapes_are_checked_by_name():
     assert MeshShape.parse("2,4,1") == MeshShape(2, 4, 1)
     assert MeshShape(2, 4, 1).devices == 8 and str(MeshShape(2, 4, 1)) == "2,4,1"
-    for text in ("8", "1,2", "1,x,1", "1,-2,1"):
+    assert MeshShape.parse("1,2,1,4") == MeshShape(fsdp=2, expert=4)
+    assert MeshShape(1, 2, 1, 4).devices == 8 and str(MeshShape(1, 2, 1, 4)) == "1,2,1,4"
+    for text in ("8", "1,2", "1,x,1", "1,-2,1", "1,1,1,1,1"):
         with pytest.raises(ConfigError, match="mesh is"):
             MeshShape.parse(text)
     with pytest.raises(ConfigError, match="mesh.fsdp is 0"):
@@ -46,8 +59,31 @@ def test_shapes_are_checked_by_name():
         make_mesh(MeshShape(1, 8, 1), jax.devices()[:1])
 
 
+def test_experts_are_whole_where_their_tokens_come_to(corpus):
+    cell = tiny_cell(corpus, model={"d_model": 32, "heads": 4, "family": "moe", "shared_experts": 1})
+    static = Static.of(cell)
+    placed = state_shardings(abstract(1, 2, 2, expert=4), static, state_shapes(static))
+    ffn = placed.params["blocks"]["ffn"]
+    assert ffn["gate"].spec == P(None, "expert", "fsdp", "tensor")
+    assert ffn["down"].spec == P(None, "expert", "tensor", "fsdp")
+    # all else takes expert as more of fsdp
+    assert ffn["router"].spec == P(None, ("fsdp", "expert"), None)
+    assert ffn["shared"]["gate"].spec == P(None, ("fsdp", "expert"), "tensor")
+    assert placed.params["embed"]["table"].spec == P("tensor", ("fsdp", "expert"))
+    moments = {p[-2:]: s for p, s in specs_of(placed.opt_state).items()}
+    assert moments["ffn", "gate"] == ffn["gate"].spec
+    whole = state_shardings(abstract(1, 2, 2), static, state_shapes(static)).params["blocks"]["ffn"]
+    assert whole["gate"].spec == P(None, None, "fsdp", "tensor")
+    assert row_axes(abstract(1, 2, 2, expert=4)) == ("replica", "fsdp", "expert")
+    with pytest.raises(ConfigError, match="mesh.expert is 3; it must divide model.experts = 8"):
+        train(cell, CellFolder(corpus, "x"), Execution(mesh=MeshShape(expert=3)))
+    with pytest.raises(ConfigError, match="mesh.expert is 2 for a model without experts"):
+        MeshShape(expert=2).check(tiny_cell(corpus)["model"])
+
+
 def test_rows_are_filled_up_to_equal_parts():
     assert row_parts(None) == 1 and row_parts(abstract(2, 4, 3)) == 8
+    assert row_parts(abstract(2, 4, 3, expert=2)) == 16
     assert [rows_with_padding(n, 4) for n in (1, 4, 5)] == [4, 4, 8]
     batch = {"inputs": np.ones((3, 2), np.int32), "loss_mask": np.ones((3, 2), np.float32)}
     padded = pad_rows(batch, 4)
@@ -102,6 +138,9 @@ def test_one_two_four_and_eight_devices_give_the_same_losses_and_take_over_from_
     for name in got["losses"]:
         np.testing.assert_allclose(got["losses"][name], got["losses"]["alone"], **SAME, err_msg=name)
         np.testing.assert_allclose(got["final"][name], got["final"]["alone"], **SAME, err_msg=name)
+    for name, row in got["experts"].items():
+        assert len(row) == 9
+        np.testing.assert_allclose(row, got["experts"]["alone"], **SAME, err_msg=name)
     assert got["resumed_from"] == 8
     assert "full rematerialization" not in errors  # XLA's word for moving a whole array for want of a way
     assert len(set(got["digests"])) == 1
