@@ -44,6 +44,10 @@ STUDIES: dict[str, tuple] = {
         {"E": 1.87, "A": 521.0, "B": 1488.0, "alpha": 0.3527, "R_N": 5.31, "R_D": 15.39},
         lambda: _grid(N=_over(5e7, 3e10, 6), D=_over(1e9, 1e12, 7), U=(1e9, 1e10, 1e11)), NOISE,
     ),
+    "broken_D": (
+        {"E": 1.5, "K": 300.0, "c0": 0.25, "c1": 0.3, "d": 3e9, "f": 0.4},
+        lambda: {"D": _over(1e6, 1e13, 80)}, NOISE,
+    ),
     "steps_batch": (
         {"E": 1.6, "A": 300.0, "K": 60.0, "alpha": 0.33, "gamma": 0.4, "B_crit": 8e5},
         lambda: _grid(N=_over(1e7, 1e10, 5), S=_over(1e3, 1e6, 6), B=_over(3e4, 3e7, 5)), NOISE,

@@ -271,6 +271,24 @@ def downstream():
     return figure
 
 
+@styled
+def broken():
+    """The released simulation of 4-digit addition, and its two powers."""
+    figure, [ax] = panels(None, 1, ONE)
+    law, x = get_law("broken_D"), np.geomspace(1, 4095, 400)
+    p = law.PUBLISHED
+    ax.plot(x, law.predict(p, {"D": x}), color=BLUE, label="broken power")
+    before = x < 1.2 * p["d"]
+    ax.plot(x[before], p["E"] + p["K"] * x[before] ** -p["c0"], color=GREY, ls="--", label="the power before")
+    ax.axvline(p["d"], color=ORANGE, lw=0.8, ls=":", label="break")
+    ax.set(
+        xscale="log", xlabel="training examples", ylabel="loss", title="4-digit addition, released constants"
+    )
+    label_log_axis(ax.xaxis, short)
+    ax.legend(loc="lower left")
+    return figure
+
+
 PICTURES = {
     f.__name__: f
     for f in (
@@ -285,6 +303,7 @@ PICTURES = {
         rl,
         ensemble,
         downstream,
+        broken,
     )
 }
 

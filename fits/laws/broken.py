@@ -8,7 +8,32 @@ from typing import ClassVar
 
 import numpy as np
 
-from fits.laws.base import EXPONENT_BOUNDS, Law, linear_starts
+from fits.laws.base import COLUMN_OF, EXPONENT_BOUNDS, Law, Question, linear_starts
+
+
+def _slope(law, params, given):
+    """The local exponent of the excess: c0 + c1 / (1 + (d / x)^(1 / f))."""
+    name = COLUMN_OF[law.variables[0]]
+    after = 1.0 / (1.0 + (params["d"] / given[name]) ** (1.0 / params["f"]))
+    loss = law.predict(params, {law.variables[0]: given[name]})
+    return {
+        "exponent": params["c0"] + params["c1"] * after, "before": params["c0"],
+        "after": params["c0"] + params["c1"], "break": params["d"], "past": after, "loss": loss,
+    }  # fmt: skip
+
+
+def _slope_in(column: str, unit: str) -> dict[str, Question]:
+    return {
+        "slope": Question(
+            "how fast does the excess over E fall here, and where does that change?",
+            _slope,
+            needs={column: unit},
+            gives={
+                "exponent": "of the excess here", "before": "far below the break", "after": "far above it",
+                "break": unit, "past": "share of the change that is behind", "loss": "the law's",
+            },
+        )
+    }  # fmt: skip
 
 
 class Broken(Law):
@@ -67,6 +92,12 @@ class BrokenD(Broken):
     name = "broken_D"
     formula = "L = E + K D^-c0 (1 + (D/d)^(1/f))^(-c1 f)"
     variables = ("D",)
+    questions = _slope_in("tokens", "training tokens or examples")
+    # released with the paper: the noiseless simulation of 4-digit addition against examples (figure 4, right)
+    PUBLISHED: ClassVar = {
+        "E": 0.41388453071629455, "K": 2.2772722897737556, "c0": 0.055077348404973955,
+        "c1": 5.662903816010331, "d": 612.5836172918001, "f": 0.059193036393742314,
+    }  # fmt: skip
 
 
 class BrokenC(Broken):
@@ -75,3 +106,4 @@ class BrokenC(Broken):
     name = "broken_C"
     formula = "L = E + K C^-c0 (1 + (C/d)^(1/f))^(-c1 f)"
     variables = ("C",)
+    questions = _slope_in("flops", "training FLOPs")
