@@ -107,6 +107,10 @@ STUDIES: dict[str, tuple] = {
     "downstream_sigmoid": (
         {"low": 0.15, "top": 0.75, "k": 5.0, "L0": 2.4}, lambda: {"V": np.linspace(1.5, 3.6, 40)}, 5e-3,
     ),
+    "energy": (
+        {"c0": 2.0, "ci": 2e-2, "cii": 2e-6, "co": 0.4, "coi": 1.5e-5, "coo": 1e-5},
+        lambda: _grid(I=_over(16, 32768, 8), O=_over(16, 32768, 8)), 0.02,
+    ),
 }  # fmt: skip
 
 

@@ -289,6 +289,29 @@ def broken():
     return figure
 
 
+@styled
+def energy():
+    """Joules an output token against the output length, at three input lengths."""
+    figure, [ax] = panels(None, 1, ONE)
+    law, p, out = get_law("energy"), STUDIES["energy"][0], np.geomspace(4, 32768, 200)
+    arrays = {k: np.array([v]) for k, v in p.items()}
+    for length, colour in ((64, GREEN), (4096, BLUE), (32768, ORANGE)):
+        cost = law.predict(p, {"I": float(length), "O": out}) / out
+        ax.plot(out, cost, color=colour, label=f"{length} tokens in")
+        best = law.questions["sweet_spot"].answer(law, arrays, {"input_tokens": float(length)})
+        ax.plot(best["output_tokens"], best["joules_per_token"], "o", color=colour)
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel="tokens out",
+        ylabel="joules a token out",
+        title="planted constants",
+    )
+    label_log_axis(ax.xaxis, short)
+    ax.legend()
+    return figure
+
+
 PICTURES = {
     f.__name__: f
     for f in (
@@ -304,6 +327,7 @@ PICTURES = {
         ensemble,
         downstream,
         broken,
+        energy,
     )
 }
 

@@ -18,6 +18,7 @@ from fits.laws.batch import StepsBatch
 from fits.laws.broken import BrokenC, BrokenD
 from fits.laws.coverage import Coverage
 from fits.laws.downstream import DownstreamExponential, DownstreamSigmoid
+from fits.laws.energy import Energy
 from fits.laws.ensemble import Ensemble
 from fits.laws.growth import AverageParams, Upcycling
 from fits.laws.moe import FineGrained, Leverage
@@ -36,7 +37,7 @@ LAWS: dict[str, Law] = {
         PrecisionJoint(), PostTraining(), QatShare(), FineGrained(), Leverage(),
         Upcycling(), AverageParams(), Quality(),
         TunedND(), TunedD(), Coverage(), UpdatesToData(),
-        Ensemble(), DownstreamExponential(), DownstreamSigmoid(),
+        Ensemble(), DownstreamExponential(), DownstreamSigmoid(), Energy(),
     )
 }  # fmt: skip
 
