@@ -19,8 +19,8 @@ SHAPE = ("d_model", "layers", "heads", "kv_heads", "ffn_dim")
 """Fields of ``model`` that the recipe decides, and of an up-cycled cell the dense one."""
 
 BASE = ("base_d_model", "base_layers", "base_ffn_dim", "base_head_dim")
-OWN = ("family", "pattern", *(key for key, readers in layers.READ.items() if readers == ("moe",)))
-"""Fields of ``model`` in which the two may differ."""
+OWN = ("family", "pattern", *(key for key, readers in layers.READ.items() if "moe" in readers))
+"""Fields of ``model`` in which the two may differ, but for those that a layer of the dense one reads."""
 
 
 def dense_cell(folder: Path | str) -> dict:
@@ -112,7 +112,8 @@ def _goes_on(dense: Mapping, cell: Mapping) -> bool:
 def check_same(dense: Mapping, model: Mapping, name: str) -> None:
     """Raises ``ConfigError`` where a ``model`` section is not the dense cell's (``name``) with experts."""
     for key in SCHEMA["model"]:
-        if key not in OWN and dense[key] != model[key]:
+        own = key in OWN and not layers.has(dense, *layers.READ.get(key, ()))
+        if not own and dense[key] != model[key]:
             raise ConfigError(
                 f"model.{key} is {model[key]!r}; the dense cell {name} has {dense[key]!r}, and an up-cycled "
                 "one must have the same"

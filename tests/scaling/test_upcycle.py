@@ -164,6 +164,16 @@ def test_a_plan_takes_the_shape_and_knows_what_the_dense_cell_cost(dense, corpus
         plan(validate_study({**study, "grid": {**study["grid"], "cells": listed[1:2]}}), few)
 
 
+def test_a_field_that_experts_share_with_a_mixer_is_the_dense_models():
+    """``capacity_factor`` is free but where the dense model has read it for its own layers."""
+    check_same(section(), section(**EXPERTS), "d")
+    own = {"family": "hybrid", "pattern": ["selective_attention"], "capacity_factor": 2.0}
+    experts = {**own, "pattern": ["selective_attention+moe"]}
+    check_same(section(**own), section(**experts), "d")
+    with pytest.raises(ConfigError, match="model.capacity_factor is 1.5; the dense cell d has 2.0"):
+        check_same(section(**own), section(**{**experts, "capacity_factor": 1.5}), "d")
+
+
 def test_what_cannot_be_up_cycled_is_named(dense, corpus, tmp_path):
     before, there = dense
     folder = {"dense": str(there.path)}
