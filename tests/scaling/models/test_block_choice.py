@@ -122,15 +122,14 @@ def test_bad_choices(values, words):
 
 def test_a_record_has_the_loss_by_blocks_at_its_last_evaluation(corpus, tmp_path):
     losses = {}
-    for threshold in (None, 0.3, 1.0):
-        settings = {} if threshold is None else {"block_threshold": threshold, "block": 8}
+    for threshold in (0.3, 1.0):
+        settings = {"block_threshold": threshold, "block": 8}
         folder = CellFolder(tmp_path, str(threshold))
         first, losses[threshold] = train(tiny_cell(corpus, eval=settings), folder)["evals"]
-        assert "block_loss" not in first
-    assert "block_loss" in COLUMNS and "block_loss" not in losses[None]
-    assert losses[0.3]["loss"] == losses[1.0]["loss"] == losses[None]["loss"]
-    assert losses[1.0]["block_loss"] == pytest.approx(losses[None]["loss"], rel=1e-6)
-    assert abs(losses[0.3]["block_loss"] - losses[None]["loss"]) > 1e-5
+        assert "block_loss" not in first and "block_loss" in COLUMNS
+    assert losses[0.3]["loss"] == losses[1.0]["loss"]
+    assert losses[1.0]["block_loss"] == pytest.approx(losses[1.0]["loss"], rel=1e-6)
+    assert abs(losses[0.3]["block_loss"] - losses[1.0]["loss"]) > 1e-5
 
 
 @pytest.mark.parametrize(
