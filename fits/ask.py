@@ -118,7 +118,7 @@ def ask(subject: Fit | Law | str, question: str, **given: float | Sequence[float
         drawn = answer(fit.draw_params())
         intervals = {}
         for k, estimate in estimates.items():
-            log = bool(estimate > 0 and np.nanmin(drawn[k]) > 0)
+            log = bool(estimate > 0 and not (drawn[k] <= 0).any())
             got = fit.interval_of(drawn[k], estimate, lambda p, k=k: answer(p)[k], log, STEP)
             intervals[k] = got | {"estimate": _number(estimate)}
     return Answer(law.name, question, asked.asks, values, intervals, dict(asked.gives), source, flags)

@@ -11,10 +11,9 @@ import numpy as np
 
 COLUMN_OF = {
     "N": "params", "D": "tokens", "C": "flops", "U": "unique_tokens", "S": "steps", "B": "batch_tokens",
-    "V": "eval_loss", "M": "members", "R": "updates_per_datum", "K": "samples",
-    "Na": "average_params", "D1": "dense_tokens", "G": "granularity", "X": "active_share",
-    "I": "input_tokens", "O": "output_tokens",
     "P": "weight_bits", "Pa": "activation_bits", "Pc": "cache_bits", "T": "tokens_per_param_byte",
+    "G": "granularity", "X": "active_share", "Na": "average_params", "D1": "dense_tokens", "K": "samples",
+    "M": "members", "V": "eval_loss", "R": "updates_per_datum", "I": "input_tokens", "O": "output_tokens",
 }  # fmt: skip
 EXPONENT_BOUNDS = (1e-3, 10.0)  # beyond either end a power of N or D is a constant or a step
 

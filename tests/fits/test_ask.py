@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -62,6 +63,25 @@ def test_bad_questions_are_refused_in_words(subject, question, given, said):
 def test_an_unsound_fit_answers_nothing(fit):
     with pytest.raises(fits.FitError, match="the fit is not identified, so it answers nothing"):
         fits.ask(dataclasses.replace(fit, status="not identified"), "serve", **ASKED)
+
+
+def test_no_answer_is_said_as_never():
+    class Far(fits.Law):
+        name, parameters, PUBLISHED = "far", ("E",), {"E": 2.0}
+        questions = {  # noqa: RUF012
+            "reach": fits.Question(
+                "when?",
+                lambda law, params, given: {"tokens": np.inf * params["E"], "loss": params["E"] * np.nan},
+                needs={},
+                gives={"tokens": "until then", "loss": "then"},
+            )
+        }
+
+    got = fits.ask(Far(), "reach")
+    assert got["tokens"] is None and got["loss"] is None and str(got).count("never") == 2
+    assert json.loads(json.dumps(got.to_dict(), allow_nan=False))["values"]["tokens"]["estimate"] is None
+    assert "far" in fits.describe(Far()) and "gives tokens: until then" in fits.describe(Far())
+    assert "has no questions of its own" in fits.describe("power_N")
 
 
 def test_the_command(fit, tmp_path):
