@@ -105,6 +105,23 @@ TRAINERS: dict[str, Trainer] = {
         run="scaling.theory.cells:run_plrf",
         truths="scaling.theory.cells:plrf_truths",
     ),
+    "structured": Trainer(
+        fields={
+            "decay": _number(1, 8),
+            "target": _number(1, 8),
+            "modes": Field(int, lambda x: x > 0, "a positive integer"),
+            "rate": _number(0, 1, 0.1),
+            "noise": Field(float, lambda x: x >= 0, "zero or a positive number", 0.1),
+            "dynamics": Field(str, lambda x: x in ("sgd", "moments"), "one of 'sgd', 'moments'", "sgd"),
+            "draws": Field(int, lambda x: 0 < x <= 4096, "an integer from 1 to 4096", 1),
+        },
+        size="modes",
+        account=lambda cell: Account(cell["trainer"]["modes"], 6.0 * cell["trainer"]["modes"]),
+        family=lambda cell: "{dynamics} {decay:g} {target:g}".format(**cell["trainer"]),
+        check=lambda cell: None,
+        run="scaling.theory.cells:run_structured",
+        truths="scaling.theory.cells:structured_truths",
+    ),
 }
 """By name; ``docs/theory.md`` says what each is."""
 

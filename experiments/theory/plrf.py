@@ -13,7 +13,7 @@ from scaling.theory.plrf import frontier
 
 POINTS = [(0.7, 0.3), (0.4, 0.3), (0.2, 0.9), (1.0, 0.7), (0.8, 1.4), (0.42, 0.9), (0.27, 0.8)]
 """(alpha, beta) of phases Ia, Ib, Ic, II, III, IVa, IVb."""
-BUDGETS = {"equivalent": [1e15, 1e16, 1e17, 1e18], "sgd": [3e3, 1e4, 3e4, 1e5]}
+BUDGETS = {"equivalent": [1e15, 1e16, 1e17, 1e18], "sgd": [3e3, 1e4, 3e4]}
 """f = d B steps."""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from scaling.theory.plrf import Equivalent, Moments, Problem, frontier, theory
+from scaling.theory.structured import Structured, best_batch, excess
 
 MOST_ENTRIES = 2**24
 """Of the features that are in memory at once: 64 MB."""
@@ -41,8 +42,13 @@ def run_plrf(cell: Mapping, on_step: Callable[[int], bool]) -> list[dict] | None
                     return None
                 blocks.append(block.reshape(-1))
             losses = np.concatenate(blocks)[: own["draws"]]
+    return [evaluation(steps, losses)]
+
+
+def evaluation(steps: int, losses: np.ndarray) -> dict:
+    """The mean of several runs' losses, as an evaluation of their cell."""
     stderr = float(losses.std(ddof=1) / len(losses) ** 0.5) if len(losses) > 1 else 0.0
-    return [{"step": steps, "loss": float(losses.mean()), "loss_stderr": stderr}]
+    return {"step": steps, "loss": float(losses.mean()), "loss_stderr": stderr}
 
 
 def plrf_truths(cells: list[Mapping]) -> dict | None:
@@ -69,4 +75,41 @@ def plrf_truths(cells: list[Mapping]) -> dict | None:
         "words": f"phase {limit.phase}",
         "here": {"a": float(a), "loss": float(-x)},
         "limit": {"a": limit.size, "loss": limit.loss},
+    }
+
+
+def structured_of(cell: Mapping) -> Structured:
+    own = cell["trainer"]
+    fields = (own["decay"], own["target"], own["modes"], own["rate"], own["noise"])
+    return Structured(*fields, batch=cell["train"]["batch"])
+
+
+def run_structured(cell: Mapping, on_step: Callable[[int], bool]) -> list[dict] | None:
+    """The excess loss after the cell's last step, labels' noise taken off: the mean of ``draws`` runs."""
+    own, steps = cell["trainer"], cell["train"]["steps"]
+    if own["dynamics"] == "moments":
+        return [evaluation(steps, np.atleast_1d(excess(structured_of(cell), steps)))]
+    from scaling.theory.sgd import structured_losses
+
+    losses = structured_losses(structured_of(cell), [steps], own["draws"], cell["train"]["seed"], on_step)
+    return None if losses is None else [evaluation(steps, losses.reshape(-1))]
+
+
+def structured_truths(cells: list[Mapping]) -> dict | None:
+    """Exponents of the best batch (``a``) and of the excess (``loss``) over samples; see ``plrf_truths``.
+
+    None without noise or with one budget.
+    """
+    problem = structured_of(cells[0])
+    samples = [cell["train"]["batch"] * float(cell["train"]["steps"]) for cell in cells]
+    low, high = min(samples), max(samples)
+    if problem.noise == 0 or high < 2 * low:
+        return None
+    budgets = np.geomspace(low, high, 3)
+    batch, loss = np.array([best_batch(problem, c) for c in budgets]).T
+    (a, _), (x, _) = (np.polyfit(np.log(budgets), np.log(y), 1) for y in (batch, loss))
+    return {
+        "words": "best batch at fixed compute",
+        "here": {"a": float(a), "loss": float(-x)},
+        "limit": {"a": problem.exponent, "loss": problem.exponent},
     }

@@ -45,7 +45,7 @@ class Exponents:
 
 
 def theory(alpha: float, beta: float) -> Exponents:
-    """The exponents at (alpha, beta) with v / d constant (Paquette et al. 2024, sections 4 and 5).
+    """The exponents at (alpha, beta) with v / d constant (Paquette et al. 2024).
 
     Each follows from the two of four terms that balance at the optimum. With u = gamma B r, and gamma ~ 1
     where 2 alpha > 1, else d^(2 alpha - 1):
@@ -165,21 +165,31 @@ class Moments:
     """
 
     def __init__(self, W_VxD: np.ndarray, problem: Problem):
-        j, B = np.arange(1.0, len(W_VxD) + 1), problem.batch
-        self.gamma = 2 * problem.rate / ((B + 1) * float((j ** (-2 * problem.alpha)).sum()))
+        j = np.arange(1.0, len(W_VxD) + 1)
+        gamma = 2 * problem.rate / ((problem.batch + 1) * float((j ** (-2 * problem.alpha)).sum()))
         left_VxD, sigma_D, _ = np.linalg.svd(j[:, None] ** -problem.alpha * W_VxD, full_matrices=False)
         y_V = j ** (-problem.alpha - problem.beta)
         along_D = left_VxD.T @ y_V
-        self.floor = float(((y_V - left_VxD @ along_D) ** 2).sum())
-        self.lam_D, self.start_D = sigma_D**2, along_D**2 / sigma_D**2
-        gain = self.gamma**2 * B
-        keep_D = 1 - 2 * self.gamma * B * self.lam_D + gain * (B + 1) * self.lam_D**2
-        values_D, basis_DxD = np.linalg.eigh(np.diag(keep_D) + gain * np.outer(self.lam_D, self.lam_D))
-        drive_D = basis_DxD.T @ self.lam_D
-        fixed_D = gain * self.floor * drive_D / (1 - values_D)
+        floor = float(((y_V - left_VxD @ along_D) ** 2).sum())
+        self._solve(sigma_D**2, along_D**2 / sigma_D**2, floor, gamma, problem.batch)
+
+    @classmethod
+    def of_spectrum(cls, lam_D, start_D, floor: float, gamma: float, batch: float) -> Moments:
+        """The same recursion of given eigenvalues, s_i(0), P_inf, gamma and B."""
+        moments = cls.__new__(cls)
+        moments._solve(np.asarray(lam_D, float), np.asarray(start_D, float), floor, gamma, batch)
+        return moments
+
+    def _solve(self, lam_D, start_D, floor: float, gamma: float, B: float) -> None:
+        self.lam_D, self.start_D, self.floor, self.gamma = lam_D, start_D, floor, gamma
+        gain = gamma**2 * B
+        keep_D = 1 - 2 * gamma * B * lam_D + gain * (B + 1) * lam_D**2
+        values_D, basis_DxD = np.linalg.eigh(np.diag(keep_D) + gain * np.outer(lam_D, lam_D))
+        drive_D = basis_DxD.T @ lam_D
+        fixed_D = gain * floor * drive_D / (1 - values_D)
         self.values_D, self.stable = values_D, bool(values_D.max() < 1)
-        self.limit = self.floor + float(drive_D @ fixed_D)
-        self.modes_D = drive_D * (basis_DxD.T @ self.start_D - fixed_D)
+        self.limit = floor + float(drive_D @ fixed_D)
+        self.modes_D = drive_D * (basis_DxD.T @ start_D - fixed_D)
 
     def loss(self, steps) -> np.ndarray:
         """Mean loss after each number of steps."""
@@ -190,7 +200,7 @@ class Equivalent:
     """The deterministic equivalent of ``Moments`` over the draw of the features, at any size.
 
     The resolvent of D^1/2 W W^T D^1/2 at z is taken to be diag(1 / (lam_j m(z) - z)), where
-    m = 1 / (1 + (1/d) sum_j lam_j / (lam_j m - z)) (Paquette et al. 2024, section 3). With kappa = -z / m it
+    m = 1 / (1 + (1/d) sum_j lam_j / (lam_j m - z)) (Paquette et al. 2024). With kappa = -z / m it
     is z = -kappa (1 - df1(kappa) / d), df1 = sum_j lam_j / (lam_j + kappa): explicit in kappa, found from z
     by Newton's method along an arc that begins on the negative axis, where the root is unique.
 

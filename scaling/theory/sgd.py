@@ -1,4 +1,4 @@
-"""One-pass SGD on power-law random features, batched over problems and draws."""
+"""One-pass SGD on power-law random features and on structured ones, batched over problems and draws."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from scaling.theory.plrf import Problem
+from scaling.theory.structured import Structured
 
 CHUNK = 256
 """Steps whose samples are drawn and turned into features together: one matrix product for all of them."""
+MOST_NORMALS = 2**24
+"""Random numbers in memory at once; fewer steps are taken together where they would be more."""
 
 
 def features(problem: Problem, seed: int, draw: int = 0) -> np.ndarray:
@@ -49,8 +52,6 @@ def sgd_losses(
     """
     if len({p.batch for p in problems}) > 1:
         raise ValueError(f"problems have batches {sorted({p.batch for p in problems})}; one program has one")
-    if not len(steps) or list(steps) != sorted(set(steps)) or steps[0] < 1:
-        raise ValueError(f"steps is {list(steps)!r}; it must increase from 1 or more")
     v, d = max(p.v for p in problems), max(int(p.d) for p in problems)
     lanes = len(problems) * draws
     A = np.zeros((lanes, v, d), np.float32)
@@ -62,29 +63,67 @@ def sgd_losses(
         A[lane, : p.v, : W.shape[1]] = j[:, None] ** -p.alpha * W
         y[lane, : p.v] = j ** (-p.alpha - p.beta)
         gamma[lane] = 2 * p.rate / ((p.batch + 1) * (j ** (-2 * p.alpha)).sum())
-    A, y, gamma = map(jnp.asarray, (A, y, gamma))
-    theta = jnp.zeros((lanes, d), jnp.float32)
-    of_draw = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))
-    keys = jnp.tile(of_draw(first_draw + jnp.arange(draws)), len(problems))
+    keys = jnp.tile(_keys(seed, first_draw, draws), len(problems))
+    losses = run_lanes(A, y, gamma, keys, steps, problems[0].batch, on_step)
+    return None if losses is None else losses.reshape(len(problems), draws, len(steps))
+
+
+def structured_losses(
+    problem: Structured, steps: Sequence[int], draws: int, seed: int = 0, on_step=None
+) -> np.ndarray | None:
+    """The excess loss of SGD on structured features after each number of steps, in float32.
+
+    Returns:
+      float64 [draw, step], sum_k lam_k (theta_k - w_k)^2; None where ``on_step`` asked to stop.
+    """
+    k = np.arange(1.0, problem.modes + 1)
+    root_M = np.append(k ** (-problem.decay / 2), 0.0)  # the last coordinate is the labels' noise
+    A = np.tile(np.diag(root_M)[:, :-1].astype(np.float32), (draws, 1, 1))
+    y = np.append(k ** (-problem.target / 2), problem.noise**0.5).astype(np.float32)
+    gamma = np.full(draws, problem.rate / problem.batch, np.float32)
+    keys, batch = _keys(seed, 0, draws), int(problem.batch)
+    losses = run_lanes(A, np.tile(y, (draws, 1)), gamma, keys, steps, batch, on_step)
+    return None if losses is None else losses - float(y[-1]) ** 2
+
+
+def _keys(seed: int, first: int, count: int):
+    """A key a draw, which depends on the seed and its number alone."""
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(first + jnp.arange(count))
+
+
+def run_lanes(A_LxVxD, y_LxV, gamma_L, keys_L, steps: Sequence[int], batch: int, on_step=None):
+    """SGD from zero on |A^T z theta - y z|^2, z normal, of several lanes side by side.
+
+    Returns:
+      float64 [lane, step]: E over fresh z; None where ``on_step(steps done)`` returned true.
+
+    Raises:
+      ValueError: steps that do not increase.
+    """
+    if not len(steps) or list(steps) != sorted(set(steps)) or steps[0] < 1:
+        raise ValueError(f"steps is {list(steps)!r}; it must increase from 1 or more")
+    A, y, gamma = map(jnp.asarray, (A_LxVxD, y_LxV, gamma_L))
+    chunk = int(np.clip(MOST_NORMALS // (batch * y.size), 1, CHUNK))
+    theta = jnp.zeros((A.shape[0], A.shape[2]), jnp.float32)
     out, done = [], 0
     for target in steps:
         while done < target:
-            count = min(CHUNK, target - done)
-            theta = _advance(theta, keys, done, A, y, gamma, count, problems[0].batch)
+            count = min(chunk, target - done)
+            theta = _advance(theta, keys_L, done, A, y, gamma, count, batch, chunk)
             done += count
             if on_step is not None and on_step(done):
                 return None
         out.append(np.asarray(_loss(theta, A, y), np.float64))
-    return np.stack(out, -1).reshape(len(problems), draws, len(steps))
+    return np.stack(out, -1)
 
 
-@functools.partial(jax.jit, static_argnames="batch")
-def _advance(theta_LxD, keys_L, done, A_LxVxD, y_LxV, gamma_L, count, batch: int):
-    """``count`` steps of every lane, at most ``CHUNK``; ``done`` before them chooses the samples."""
+@functools.partial(jax.jit, static_argnames=("batch", "chunk"))
+def _advance(theta_LxD, keys_L, done, A_LxVxD, y_LxV, gamma_L, count, batch: int, chunk: int):
+    """``count`` steps of every lane, at most ``chunk``; ``done`` before them chooses the samples."""
 
     def lane(theta_D, key, A_VxD, y_V, gamma):
-        z_TxBxV = jax.random.normal(jax.random.fold_in(key, done), (CHUNK, batch, y_V.size))
-        samples = z_TxBxV @ A_VxD, z_TxBxV @ y_V, jnp.arange(CHUNK) < count
+        z_TxBxV = jax.random.normal(jax.random.fold_in(key, done), (chunk, batch, y_V.size))
+        samples = z_TxBxV @ A_VxD, z_TxBxV @ y_V, jnp.arange(chunk) < count
 
         def step(theta_D, sample):
             a_BxD, target_B, taken = sample
