@@ -77,7 +77,8 @@ def tuning_study(config: Mapping, family: str, grid: Mapping | None = None) -> d
     tune, study = config["tune"], study_of(config, family)
     cells = [{"params": tune["params"], "tokens": tune["tokens"]}]
     multiples = [x for x in tune["lr"] if x != 1]
-    grid = grid or {"kind": "list", "cells": cells, "tolerance": study["grid"]["tolerance"]}
+    shared = {key: study["grid"][key] for key in ("tolerance", "max_epochs")}
+    grid = grid or {"kind": "list", "cells": cells, **shared}
     grid = {**grid, "sentinels": {"lr": multiples, "cells": "all"}}
     return validate_study({**study, "name": study["name"] + "-tune", "grid": grid})
 

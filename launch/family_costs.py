@@ -10,6 +10,7 @@ import numpy as np
 from launch.fitting import cost_and_shape
 from scaling.chips import BANDWIDTH, PEAK_FLOPS
 from scaling.flops import ledger, memory_bytes
+from scaling.layers import with_vocab
 from scaling.recipe import batch_sequences, make_shape, recipe_from_config
 from scaling.records import collect, read_manifest
 
@@ -67,7 +68,7 @@ def roofline_seconds(study: Path, chip: str) -> ByTheToken:
     manifest = read_manifest(study)
     config = manifest["config"]
     recipe = recipe_from_config(config["recipe"])
-    model = {"vocab": manifest["data"]["vocab"], **config["model"], "dtype": "bfloat16"}
+    model = with_vocab(config["model"], manifest["data"]["vocab"]) | {"dtype": "bfloat16"}
     seq = manifest["cells"][0]["config"]["data"]["seq"]
     tokens = float(np.median([e["achieved"]["tokens"] for e in manifest["cells"]]))
     batch = batch_sequences(recipe, tokens, seq)

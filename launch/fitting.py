@@ -16,6 +16,7 @@ from launch.simulate import planted_words
 from scaling.config import ConfigError
 from scaling.files import StudyError, read_json, write_json
 from scaling.flops import ledger
+from scaling.layers import with_vocab
 from scaling.recipe import FlopsOfSize, recipe_from_config, shape
 from scaling.records import read_manifest, read_table
 
@@ -187,7 +188,7 @@ def cost_and_shape(study: Path | None):
     if "trainer" in config:
         return None, None
     recipe = recipe_from_config(config["recipe"])
-    model = {"vocab": manifest["data"]["vocab"], **config["model"]}
+    model = with_vocab(config["model"], manifest["data"]["vocab"])
     seq = manifest["cells"][0]["config"]["data"]["seq"]
 
     def buildable(params: float) -> dict:

@@ -131,7 +131,7 @@ def plan(console: Console, manifest: dict, estimate: dict | None, study: Path, o
             f"the source's entropy rate is {data['entropy_rate']:.5f} nats per token; a perfect model's "
             f"expected held-out loss is {data['ideal_loss']:.5f}"
         )
-    console.print(f"total: {total:.4g} FLOPs (exact: causal attention, forward and backward)")
+    console.print(f"total: {total:.4g} FLOPs (exact count, forward and backward)")
     saved = saving(manifest["cells"])
     if saved is not None:
         trunks = sum(c["role"] == "trunk" for c in manifest["cells"])

@@ -33,6 +33,7 @@ def linear_cross_entropy(
     w,
     labels,
     *,
+    weights=None,
     z_loss: float | jax.Array = 0.0,
     soft_cap: float | None = None,
     ignore_index: int | None = None,
@@ -57,6 +58,8 @@ def linear_cross_entropy(
         and has its own dtype.
       labels: int [...], the leading axes of ``x``. A label outside 0 <= label < V that is not
         ``ignore_index`` makes the token's loss NaN, the gradient of its ``x`` and all of that of ``w`` too.
+      weights: None, or float [...] as the labels: the factor of each token's loss, of its z-loss too. No
+        gradient goes to them. "mean" divides by the number of tokens all the same.
       z_loss: coefficient of lse^2, a number or a scalar array (which may be traced, and differentiated).
       soft_cap: c > 0: logits become c tanh(logits / c).
       ignore_index: tokens with this label have loss 0, no gradient and no part in the mean.
@@ -78,6 +81,7 @@ def linear_cross_entropy(
     """
     x, w, labels = jnp.asarray(x), jnp.asarray(w), jnp.asarray(labels)
     _check(x, w, labels, z_loss, soft_cap, ignore_index, reduction)
+    given = None if weights is None else _checked_weights(weights, labels)
     block_sizes = tuple(sorted((block_sizes or {}).items()))
     choice = dispatch.choose(
         "linear_cross_entropy", implementation, IMPLEMENTATIONS, x, w, labels, block_sizes=dict(block_sizes)
@@ -87,11 +91,14 @@ def linear_cross_entropy(
     lead, V = labels.shape, w.shape[1]
     if not lead:
         x, labels = x[None], labels[None]
+        given = None if given is None else given[None]
     inside = (labels >= 0) & (labels < V)
     ignored = jnp.zeros(labels.shape, bool) if ignore_index is None else labels == ignore_index
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     # NaN where the label is none of ours: it goes into the loss and every gradient as a factor
     weights = jnp.where(ignored, 0, jnp.where(inside, 1, jnp.nan)).astype(dtype)
+    if given is not None:
+        weights = weights * jax.lax.stop_gradient(given.astype(dtype))
     squares = weights * jnp.asarray(z_loss, dtype)
     labels = jnp.where(inside & ~ignored, labels, -1).astype(jnp.int32)
     if reduction == "none":
@@ -219,6 +226,16 @@ def _check(x, w, labels, z_loss, soft_cap, ignore_index, reduction):
         raise ValueError(f"ignore_index is {ignore_index!r}; it must be an int or None")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
+
+
+def _checked_weights(weights, labels):
+    weights = jnp.asarray(weights)
+    if weights.shape != labels.shape or not jnp.issubdtype(weights.dtype, jnp.floating):
+        raise ValueError(
+            f"weights has shape {weights.shape} and dtype {weights.dtype}; it must be None or floats of the "
+            f"labels' shape, {labels.shape}"
+        )
+    return weights
 
 
 def _check_blocks(choice, block_sizes):

@@ -124,6 +124,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "base_layers": _positive_int(None, optional=True, later=True),
         "base_ffn_dim": _positive_int(None, optional=True, later=True),
         "base_head_dim": _positive_int(None, optional=True, later=True),
+        "objective": _choice(*layers.OBJECTIVES, default="next_token", later=True),
         # of families (docs/families.md)
         "pattern": Field(
             list,
@@ -226,6 +227,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "probes": _flag(False, later=True),
         "block_threshold": _share(None, optional=True, later=True),
         "block": Field(int, lambda x: x > 0 and x % 8 == 0, "a positive multiple of 8", 128, later=True),
+        "draws": _positive_int(8, later=True),
     },
     "precision": {
         "params": _choice("float32", "bfloat16", default="float32", later=True),
@@ -302,6 +304,7 @@ def validate_cell(cell: Mapping) -> dict:
             f"it must be less than train.steps = {out['train']['steps']}"
         )
     check_optimizer(out["optim"], out["schedule"])
+    check_objective(out)
     if out["optim"]["name"] == "muon" and out["model"]["parametrization"] != "standard":
         raise ConfigError(
             f"optim.name is 'muon' with model.parametrization = {out['model']['parametrization']!r}; those "
@@ -311,6 +314,22 @@ def validate_cell(cell: Mapping) -> dict:
     check_upcycle(out)
     check_blocks(out)
     return out
+
+
+def check_objective(cell: Mapping) -> None:
+    """Raises ``ConfigError`` where the evaluation is another objective's."""
+    objective, evaluation = cell["model"]["objective"], cell["eval"]
+    for key in ("probes", "block_threshold"):
+        if objective == "masked_diffusion" and evaluation[key] != SCHEMA["eval"][key].default:
+            raise ConfigError(
+                f"eval.{key} is {evaluation[key]!r} with model.objective = 'masked_diffusion'; it is for models "
+                "that predict the next token"
+            )
+    if objective == "next_token" and evaluation["draws"] != SCHEMA["eval"]["draws"].default:
+        raise ConfigError(
+            f"eval.draws is {evaluation['draws']} with model.objective = 'next_token', which does not read "
+            "it; it is for 'masked_diffusion'"
+        )
 
 
 def check_optimizer(optim: Mapping, schedule: Mapping) -> None:
@@ -509,6 +528,13 @@ def _check_layers(model: Mapping) -> None:
             raise ConfigError(
                 f"model.{key} is {model[key]!r} with model.family = {family!r}, which does not read it; it "
                 f"is for {' and '.join(map(repr, mixers))}"
+            )
+    for layer in layers.pattern(model):
+        if not layers.causal(model) and (layer.routed or layer.mixer not in layers.BIDIRECTIONAL):
+            raise ConfigError(
+                f"model.objective is 'masked_diffusion' with a layer '{layer}', which cannot see both ways; "
+                f"mixers that do, in layers that take every token, are "
+                f"{', '.join(map(repr, layers.BIDIRECTIONAL))}"
             )
     checks = {"mlstm": layers.key_dim, "moe": layers.expert_dim, "monarch": layers.monarch_dim}
     for name, check in checks.items():

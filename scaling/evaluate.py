@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 
-def held_out_loss(eval_sums, params, batches, bytes_per_token: float) -> dict:
+def held_out_loss(eval_sums, params, batches, bytes_per_token: float, draws: int = 1) -> dict:
     """Cross-entropy on the fixed held-out set.
 
     The standard error is that of a ratio estimator over sequences (Cochran 1977, eq. 6.10): tokens
@@ -18,6 +18,7 @@ def held_out_loss(eval_sums, params, batches, bytes_per_token: float) -> dict:
       params: the parameter tree.
       batches: the held-out batches, rows without tokens are padding.
       bytes_per_token: of the held-out set.
+      draws: how often the batches hold every sequence, in one order each time; their mean counts.
 
     Returns:
       ``loss`` and ``loss_stderr`` in nats per token, ``bits_per_byte``, ``eval_tokens`` and
@@ -26,6 +27,7 @@ def held_out_loss(eval_sums, params, batches, bytes_per_token: float) -> dict:
     sums = [eval_sums(params, batch) for batch in batches]
     nats = np.concatenate([np.asarray(s[0], np.float64) for s in sums])
     tokens = np.concatenate([np.asarray(s[1], np.float64) for s in sums])
+    nats, tokens = nats.reshape(draws, -1).mean(axis=0), tokens[: len(tokens) // draws]
     nats, tokens = nats[tokens > 0], tokens[tokens > 0]
     loss = nats.sum() / tokens.sum()
     n = len(nats)

@@ -16,6 +16,7 @@ from scaling.branches import reference_tokens, with_trunks
 from scaling.config import SCHEMA, ConfigError, canonical_json, cell_id, validate_cell, validate_section
 from scaling.files import StudyError, read_json, write_json
 from scaling.flops import ledger
+from scaling.layers import least_vocab, with_vocab
 from scaling.recipe import Recipe, batch_sequences, fitted_shape, hparams, recipe_from_config, round4, shape
 from scaling.sentinels import sentinel_entries
 from scaling.trainers import achieved
@@ -160,11 +161,12 @@ def check_data(study: Mapping, data: Mapping) -> None:
     Raises:
       ConfigError: a vocabulary smaller than the data's, or more held-out sequences than there are.
     """
-    vocab = study["model"].get("vocab", data["vocab"])
-    if vocab < data["vocab"]:
+    needed = least_vocab(study["model"], data["vocab"])
+    vocab = study["model"].get("vocab", needed)
+    if vocab < needed:
         raise ConfigError(
             f"model.vocab is {vocab} but the data has token ids up to {data['vocab'] - 1}; "
-            f"it must be at least {data['vocab']}"
+            f"it must be at least {needed}"
         )
     wanted = study["eval"].get("sequences", SCHEMA["eval"]["sequences"].default)
     seq = study["data"].get("seq", SCHEMA["data"]["seq"].default)
@@ -179,7 +181,7 @@ def check_data(study: Mapping, data: Mapping) -> None:
 def sized(study: Mapping, recipe: Recipe, target: Target, data: Mapping) -> tuple[dict, int, float]:
     """A target's model section, its N and its D."""
     seq = study["data"].get("seq", 128)
-    base = {"vocab": data["vocab"], **study["model"]}
+    base = with_vocab(study["model"], data["vocab"])
     dense = {**study.get("upcycle", {}), **upcycle_of(target)}.get("dense")
     within = study["grid"].get("params_tolerance")
     if dense is not None:

@@ -24,7 +24,7 @@ import numpy as np
 from scaling import __version__, hosts
 from scaling.checkpoint import Checkpoints
 from scaling.config import ConfigError, cell_id
-from scaling.data import Stream, heldout_batches
+from scaling.data import MaskedStream, Stream, heldout_batches, masked_draws
 from scaling.evaluate import held_out_loss
 from scaling.files import (
     CellFolder,
@@ -36,6 +36,7 @@ from scaling.files import (
     write_whole,
 )
 from scaling.flops import ledger
+from scaling.layers import causal, mask_token
 from scaling.models.block_choice import BlockChoice
 from scaling.optim import hyper_parameters
 from scaling.probes import probe
@@ -97,16 +98,14 @@ class Lane:
         self.job, self.cell, self.name, self.folder = job, cell, cell_id(cell), job.folder
         self.dataset, self.on_metrics = dataset, on_metrics
         self.steps, self.batch, self.seq = cell["train"]["steps"], cell["train"]["batch"], cell["data"]["seq"]
-        self.stream = Stream(
-            dataset.train,
-            self.seq,
-            self.batch,
-            cell["train"]["seed"],
-            first_sample=cell["upcycle"]["first_row"],
-        )
+        self.stream = stream_of(cell, dataset.train)
         self.heldout = heldout_batches(
             dataset.heldout, self.seq, eval_batch(self.batch, self.seq), cell["eval"]["sequences"]
         )
+        self.draws = 1
+        if not causal(cell["model"]):
+            self.draws = cell["eval"]["draws"]
+            self.heldout = masked_draws(self.heldout, self.draws, mask_token(cell["model"]))
         self.hp = hyper_parameters(cell)
         self.account = ledger(cell["model"], self.seq)
         self.is_relu_routed = is_adaptive(cell["model"])
@@ -283,7 +282,7 @@ class Lane:
         Raises:
           Diverged: it is not a number, or no better than a uniform guess at the end.
         """
-        scores = held_out_loss(eval_fn, params, self.heldout, self.dataset.bytes_per_token)
+        scores = held_out_loss(eval_fn, params, self.heldout, self.dataset.bytes_per_token, self.draws)
         if not np.isfinite(scores["loss"]) or not np.isfinite(scores["loss_stderr"]):
             raise Diverged(f"the held-out loss was {scores['loss']} at step {self.done}", self.done)
         if self.done == self.steps and scores["loss"] > math.log(self.cell["model"]["vocab"]):
@@ -367,6 +366,15 @@ class Lane:
         if self.file is not None:
             self.file.close()
         self.checkpoints.close()
+
+
+def stream_of(cell: Mapping, train) -> Stream:
+    """The training batches of a cell: tokens as they are, or hidden in part under masked diffusion."""
+    of = train, cell["data"]["seq"], cell["train"]["batch"], cell["train"]["seed"]
+    first = {"first_sample": cell["upcycle"]["first_row"]}
+    if causal(cell["model"]):
+        return Stream(*of, **first)
+    return MaskedStream(*of, **first, mask_token=mask_token(cell["model"]))
 
 
 def eval_steps(cell: Mapping, fork: int = 0) -> set[int]:

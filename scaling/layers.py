@@ -69,6 +69,15 @@ BY_DEPTH = ("differential_attention",)
 CHOOSING = ("selective_attention", "mosa")
 """Mixers that choose among tokens: they are told whether it is training, and add to its loss."""
 
+BIDIRECTIONAL = ("attention", "full_attention", "differential_attention")
+"""Mixers that can see both ways, as masked diffusion needs them."""
+
+OBJECTIVES = {
+    "next_token": "each token from those before it",
+    "masked_diffusion": "hidden tokens from all that are in sight, before them and after",
+}
+"""What a model is trained on, and how it is judged."""
+
 READ = {
     "expand": ("mamba", "mamba2", "longhorn", "gated_deltanet", "min_gru", "qlstm"),
     "state_dim": ("mamba2",),
@@ -142,6 +151,26 @@ def counts(model: Mapping, *, routed: bool = False) -> tuple[Counter, Counter]:
 def has(model: Mapping, *names: str) -> bool:
     """Whether any layer of the pattern has one of these mixers or feed-forwards, or is 'routed'."""
     return any({x.mixer, x.ffn, ROUTED * x.routed} & {*names} for x in pattern(model))
+
+
+def causal(model: Mapping) -> bool:
+    """Whether a token sees those before it alone."""
+    return model.get("objective", "next_token") == "next_token"
+
+
+def least_vocab(model: Mapping, data_vocab: int) -> int:
+    """Token ids that a model needs: the data's, and the one that masked diffusion puts for a hidden token."""
+    return data_vocab + (not causal(model))
+
+
+def with_vocab(model: Mapping, data_vocab: int) -> dict:
+    """Fields of ``model`` with the least vocabulary for the data where they name none."""
+    return {"vocab": least_vocab(model, data_vocab), **model}
+
+
+def mask_token(model: Mapping) -> int:
+    """The id of a hidden token, the last."""
+    return model["vocab"] - 1
 
 
 def branches(model: Mapping, depth: int | None = None) -> int:

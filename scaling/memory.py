@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from scaling import layers
 from scaling.config import ConfigError
 from scaling.flops import ledger
 from scaling.mesh import row_parts, rows_with_padding
@@ -117,6 +118,8 @@ def abstract_step(static: Static, plan: Plan, batch: int, seq: int) -> tuple:
     ids = jax.ShapeDtypeStruct((rows, seq), jnp.int32)
     arrays = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), ids)
     arrays["loss_mask"] = jax.ShapeDtypeStruct((rows, seq), jnp.float32)
+    if not layers.causal(dict(static.model)):
+        arrays["weights"] = arrays["loss_mask"]
     state, hp = state_shapes(static), hyper_parameter_shapes()
     if plan.mesh is None:
         return state, arrays, hp

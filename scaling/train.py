@@ -19,6 +19,7 @@ from scaling.config import ConfigError, canonical_json, cell_id, validate_cell
 from scaling.files import CellFolder, StudyError, read_json, write_json
 from scaling.flops import CONVENTIONS, ledger
 from scaling.lane import Diverged, Job, Lane
+from scaling.layers import least_vocab
 from scaling.memory import choose_plan
 from scaling.mesh import MeshShape, make_mesh
 from scaling.pack import program_for
@@ -210,10 +211,11 @@ def open_planned_data(cell: Mapping):
       ConfigError: its content is not what the cell was planned on, or the vocabulary is too small.
     """
     dataset = data.open_data(cell["data"])
-    if dataset.vocab > cell["model"]["vocab"]:
+    needed = least_vocab(cell["model"], dataset.vocab)
+    if needed > cell["model"]["vocab"]:
         raise ConfigError(
             f"model.vocab is {cell['model']['vocab']} but the data has token ids up to {dataset.vocab - 1}; "
-            f"it must be at least {dataset.vocab}"
+            f"it must be at least {needed}"
         )
     return dataset
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from scaling.config import SCHEMA, validate_cell
 from scaling.flops import ledger
 from scaling.grid import plan
+from scaling.layers import least_vocab
 from scaling.program import Static, program_key
 from scaling.records import read_manifest
 from scaling.study import load_study
@@ -77,7 +78,7 @@ def unseen_facts(settings: Mapping) -> dict:
     """What ``plan`` asks of a data set, for one that nobody has opened: enough of everything."""
     return {
         "fingerprint": settings["data"].get("fingerprint") or SCHEMA["data"]["fingerprint"].default,
-        "vocab": settings["model"]["vocab"],
+        "vocab": settings["model"]["vocab"] - least_vocab(settings["model"], 0),
         "unique_tokens": math.inf,
         "heldout_tokens": math.inf,
         "bytes_per_token": None,

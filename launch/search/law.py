@@ -21,6 +21,7 @@ from launch.search.session import OverBudget, Session
 from scaling.branches import Chain, fork_step
 from scaling.config import ConfigError
 from scaling.grid import entry, plan
+from scaling.layers import with_vocab
 from scaling.recipe import FlopsOfSize
 
 START_SIZES, START_TOKENS = 4, 3
@@ -109,7 +110,7 @@ def narrow(session: Session) -> None:
         session.memo["plan"] = plan(settings, session.data)
     pool = Pool(session.memo["plan"])
     seq = pool.cells[0]["config"]["data"]["seq"]
-    model = {"vocab": session.data["vocab"], **settings["model"]}
+    model = with_vocab(settings["model"], session.data["vocab"])
     cost = FlopsOfSize(session.recipe, model, seq) if s["quantity"] == "N*" else None
     asked = {"quantity": s["quantity"], "at": s["at"], "flops": cost}
     picks, done, widths, losses = start(pool), [], [], {}

@@ -81,19 +81,23 @@ class Entry:
         return tokens if self.cache_window is None else min(tokens, self.cache_window)
 
 
-def pairs_per_token(seq: int, window: int | None) -> float:
-    """Mean number of keys that a query attends to, itself included, under the causal mask.
+def pairs_per_token(seq: int, window: int | None, causal: bool = True) -> float:
+    """Mean number of keys that a query attends to, itself included.
 
     Args:
       seq: row length T.
       window: keys a query sees, itself included; None for all before it.
+      causal: False where it sees as many after it too.
     """
-    window_pair = None if window is None else (window - 1, 0)
-    return attention.pairs(seq, seq, is_causal=True, window=window_pair) / seq
+    window_pair = None if window is None else (window - 1, 0 if causal else window - 1)
+    return attention.pairs(seq, seq, is_causal=causal, window=window_pair) / seq
 
 
 def attention_entries(model: Mapping, seq: int, count: int, *, full: bool = False) -> list[Entry]:
-    """Grouped-query attention: projections, then scores and values, then the per-head norms."""
+    """Grouped-query attention: projections, then scores and values, then the per-head norms.
+
+    Nothing is kept for decoding where attention sees both ways: every step sees the whole row anew.
+    """
     D, N, K, H = (model[k] for k in ("d_model", "heads", "kv_heads", "head_dim"))
     window, name = (None, "full attention") if full else (model["local_window"], "attention")
     weights = count * (D * N * H + 2 * D * K * H + N * H * D)
@@ -103,9 +107,9 @@ def attention_entries(model: Mapping, seq: int, count: int, *, full: bool = Fals
             f"{name} scores and values",
             0,
             0,
-            mixing=count * 4 * N * H * pairs_per_token(seq, window),
+            mixing=count * 4 * N * H * pairs_per_token(seq, window, layers.causal(model)),
             mixing_full=count * 4 * N * H * seq,
-            cache_values=count * 2 * K * H,
+            cache_values=count * 2 * K * H * layers.causal(model),
             cache_window=window,
         ),
     ]

@@ -10,7 +10,8 @@ training work and never counts.
 
 Conventions, FLOPs per training token:
   exact            matrix products; attention over the pairs that the causal mask (and the local
-                   window) keeps, T (T + 1) / 2 pairs in a row of T tokens. Document boundaries are
+                   window) keeps, T (T + 1) / 2 pairs in a row of T tokens, all T^2 under masked
+                   diffusion. Document boundaries are
                    not subtracted, so that the cost of a cell does not depend on the data. A state
                    [key, value] token by token: one product to write it and one to read it (the
                    delta rule reads it twice), whatever chunks an implementation computes it in.
@@ -44,6 +45,7 @@ CONVENTIONS = ("exact", "full", "6N_total", "6N_nonembedding", "kaplan")
 
 
 DEFAULTS = {
+    "objective": "next_token",
     "family": "transformer", "qk_norm": True, "tied": True, "local_window": None, "post_norm": False,
     "expand": 2, "state_dim": 128, "conv_width": 4, "key_fraction": 0.5, "channel_state": 16,
     "experts": 8, "active_experts": 2, "shared_experts": 0, "expert_fraction": 1.0, "capacity_factor": 1.5,

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import dot_product_attention
-from scaling import parametrization
+from scaling import layers, parametrization
 from scaling.models import init
 from scaling.models.norm import RMSNorm
 
@@ -44,7 +44,8 @@ def rotate(x_BTNH, rope):
 class Attention(nnx.Module):
     """Causal attention: N query heads share K key-value heads (Ainslie et al. 2023).
 
-    ``window``: keys that a query sees, itself included; None for all before it.
+    ``window``: keys that a query sees, itself included; None for all before it. Under masked diffusion
+    (``layers.causal``) a query sees as many after it too.
 
     Query-key normalisation is an RMSNorm over each head's channels, before the rotation, with one
     scale for all heads (Dehghani et al. 2023, in the form of Qwen3). A local window of w tokens
@@ -68,7 +69,8 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(self.head_dim, cfg["norm_eps"])
         self.qk_norm = cfg["qk_norm"]
         self.soft_cap = cfg["attention_soft_cap"]
-        self.window = None if window is None else (window - 1, 0)
+        self.causal = layers.causal(cfg)
+        self.window = None if window is None else (window - 1, 0 if self.causal else window - 1)
         self.blocks = cfg.get("blocks")
         self.dtype = jnp.dtype(cfg["dtype"])
         self.matmul = cfg.get("matmul", jnp.matmul)
@@ -106,7 +108,7 @@ class Attention(nnx.Module):
             k_BTKH,
             v_BTKH,
             scale=self.scale,
-            is_causal=True,
+            is_causal=self.causal,
             local_window_size=self.window,
             q_segment_ids=segment_ids_BT,
             logits_soft_cap=self.soft_cap,

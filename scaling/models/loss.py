@@ -16,7 +16,8 @@ def loss_fn(apply, params, batch, z_loss: float, tokens=None, router_l1=0.0):
     Args:
       apply, params: from ``scaling.models.lm.build``.
       batch: ``inputs, targets, segment_ids, positions`` int [B, T], ``loss_mask`` float32 [B, T] of
-        0 and 1.
+        0 and 1. ``weights`` float32 [B, T], where given: the loss is the sum of weight x cross-entropy over
+        that of the mask (masked diffusion: ``scaling.data.masking``).
       z_loss: its coefficient, >= 0.
       tokens: what the sums are divided by, for a part of a batch: then the parts' losses add up to the
         batch's. None: those of this batch.
@@ -34,7 +35,8 @@ def loss_fn(apply, params, batch, z_loss: float, tokens=None, router_l1=0.0):
     mask_BT = batch["loss_mask"]
     tokens = jnp.sum(mask_BT) if tokens is None else tokens
     loss = total / tokens
-    z_term = z_loss * jnp.sum(jnp.square(jax.lax.stop_gradient(lse_BT)) * mask_BT) / tokens
+    squares_BT = jnp.square(jax.lax.stop_gradient(lse_BT)) * batch.get("weights", mask_BT)
+    z_term = z_loss * jnp.sum(squares_BT) / tokens
     aux = {"nats": loss - z_term, "z_loss": z_term, "tokens": tokens}
     if extra_B is not None:
         by_tokens = lambda x_B: jnp.sum(x_B * jnp.sum(mask_BT, axis=-1)) / tokens  # noqa: E731
@@ -62,8 +64,10 @@ def _cross_entropy(apply, params, batch, training=False, **options):
     x_BTD, head_DV, extra_B = apply.features(
         params, batch["inputs"], batch["segment_ids"], batch["positions"], training=training
     )
-    labels_BT = jnp.where(batch["loss_mask"] > 0, batch["targets"], -1)
+    weights_BT = batch.get("weights")
+    counted_BT = (batch["loss_mask"] if weights_BT is None else weights_BT) > 0
+    labels_BT = jnp.where(counted_BT, batch["targets"], -1)
     nats = linear_cross_entropy(
-        x_BTD, head_DV, labels_BT, soft_cap=apply.soft_cap, ignore_index=-1, **options
+        x_BTD, head_DV, labels_BT, weights=weights_BT, soft_cap=apply.soft_cap, ignore_index=-1, **options
     )
     return nats, extra_B

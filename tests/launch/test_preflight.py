@@ -289,6 +289,10 @@ FAMILIES = {
         {"attention_forward"},
     ),
     "monarch": ({}, {"attention_forward"}),
+    "masked diffusion": (
+        {"family": "transformer", "objective": "masked_diffusion"},
+        {"attention_forward", "linear_cross_entropy_forward"},
+    ),
     "hybrid": ({"pattern": ["attention+memory", "min_gru", "slstm"]}, {"attention_forward", "linear_scan"}),
     "mosa": ({"family": "hybrid", "pattern": ["attention", "mosa"]}, {"attention_forward"}),
     "selective": (

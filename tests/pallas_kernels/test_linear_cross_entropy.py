@@ -126,6 +126,29 @@ def test_float64_is_kept(implementation, reduction):
         check((x, w, labels, dloss, dlse), FLOAT64, implementation, **options)
 
 
+@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_weights_are_factors_of_the_tokens_losses(implementation, reduction):
+    """As cotangents of the losses one by one are; a token of weight 0 counts in the mean's divisor alone."""
+    x, w, labels, factors, _ = make()
+    factors = np.where(factors > 1, 0, factors)
+    options = {"z_loss": 0.1, "implementation": implementation}
+
+    def total(x, w):
+        return linear_cross_entropy(x, w, labels, weights=np.float32(factors), reduction=reduction, **options)
+
+    with dispatch.interpret():
+        loss, gradients = jax.value_and_grad(total, (0, 1))(x, w)
+    n = labels.size if reduction == "mean" else 1
+    each, _, *want = in_numpy(x, w, labels, factors / n, np.zeros(labels.shape), z_loss=0.1, reduction="none")
+    # 150 terms of both signs
+    np.testing.assert_allclose(loss, np.sum(each * factors) / n, rtol=1e-5, atol=1e-4)
+    for a, b in zip(gradients, want, strict=True):
+        np.testing.assert_allclose(a, b, **FLOAT32)
+    with pytest.raises(ValueError, match="weights has shape"):
+        linear_cross_entropy(x, w, labels, weights=np.ones(3, np.float32))
+
+
 def test_the_reference_against_numpy():
     with jax.enable_x64(True):
         x, w, labels, dloss, dlse = make(dtype=np.float64)

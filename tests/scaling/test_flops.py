@@ -184,6 +184,7 @@ FAMILIES = {
     "mamba2": {"state_dim": 24},
     "gated_deltanet": {"kv_heads": 1},
     "xlstm": {"head_dim": 32, "heads": 2, "kv_heads": 2},
+    "transformer, both ways": {"objective": "masked_diffusion", "local_window": 24},
     "differential": {},
     "mamba": {"channel_state": 8},
     "longhorn": {"expand": 1},
@@ -234,6 +235,8 @@ def test_state_and_cache_of_families_by_hand():
     """D 64, 4 heads of 16: what decoding keeps of one layer, in values of 2 bytes (cache) and 4 (state)."""
     one = lambda **changes: ledger(model(layers=1, **changes), 48)  # noqa: E731
     assert one().decode_bytes(100) == 100 * 2 * 64 * 2 and one().state_bytes() == 0
+    both = one(objective="masked_diffusion")
+    assert both.decode_bytes(100) == 0 and both.train_flops_per_token() == both.train_flops_per_token("full")
     assert one(local_window=16).decode_bytes(100) == 16 * 2 * 64 * 2
     # inner width 128: 8 states of 24 x 16, and 3 inputs of the convolution over 128 + 2 x 24 channels
     assert one(family="mamba2", state_dim=24).decode_bytes(10**6) == 4 * (8 * 24 * 16 + 3 * (128 + 48))

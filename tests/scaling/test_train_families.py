@@ -73,9 +73,13 @@ def test_a_family_learns_more_than_pairs_of_bytes(family, bigram_loss, tmp_path)
     assert result["loss"] < bigram_loss - 0.05, (result["loss"], bigram_loss)
 
 
-@pytest.mark.parametrize("family", OWN)
+DIFFUSION = {"family": "transformer", "objective": "masked_diffusion", "vocab": 257}
+
+
+@pytest.mark.parametrize("family", [*OWN, "masked diffusion"])
 def test_a_killed_run_ends_as_a_whole_one(family, corpus, tmp_path):
-    own = tiny_cell(corpus, model={"kv_heads": 2, "family": family, **OWN[family]}, train={"steps": 16})
+    model = {"kv_heads": 2, "family": family, **OWN.get(family, DIFFUSION)}
+    own = tiny_cell(corpus, model=model, train={"steps": 16})
 
     whole, broken = CellFolder(tmp_path, "whole"), CellFolder(tmp_path, "broken")
     train(own, whole)

@@ -30,6 +30,7 @@ CASES = {
     },
     "no positions": {"rope_fraction": 0.0},
     "differential": {"family": "differential", "local_window": 20},
+    "both ways": {"objective": "masked_diffusion", "local_window": 6},
     "mamba": {"family": "mamba", "channel_state": 5},
     "longhorn": {"family": "longhorn", "channel_state": 5},
     "slstm": {"family": "hybrid", "pattern": ["mlstm", "slstm"]},
@@ -474,6 +475,12 @@ def test_bfloat16_is_near_float32():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        (
+            {"family": "griffin", "objective": "masked_diffusion"},
+            r"model.objective is 'masked_diffusion' with a layer 'rglru\+geglu', which cannot see both ways",
+        ),
+        ({"family": "mixture_of_depths", "objective": "masked_diffusion"}, "a layer 'routed:attention"),
+        ({"objective": "mlm"}, "model.objective is 'mlm'"),
         ({"family": "hybrid"}, "model.pattern is None with model.family = 'hybrid'"),
         ({"pattern": ["mamba2"]}, "'hybrid' needs a pattern, and every other family has its own"),
         ({"family": "hybrid", "pattern": ["mamba3"]}, r"model.pattern\[0\] is 'mamba3'; it must be one of"),
