@@ -7,14 +7,14 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from launch.engine import Ended, Group, outcome_of, run_to_the_end
-from scaling.attempts import LAST_LINES, Budgets, cancel_file, renew
-from scaling.claims import FolderStore, close_for
-from scaling.files import CellFolder
+from launch.engine import Ended, Group, prepare, run_to_the_end, settle
+from scaling.attempts import Budgets
+from scaling.claims import of_process
 from scaling.flops import memory_bytes
-from scaling.records import check_cells, read_manifest
 
 WORKER = (sys.executable, "-m", "launch.worker")
 MOST_WORDS = 1 << 16
@@ -44,7 +44,13 @@ class Local:
         self.cores, self.gpus, self.worker = cores, gpus, worker
         self.jobs: dict[str, tuple] = {}
 
-    def submit(self, group: Group) -> str:
+    every = 0.3
+
+    def submit(self, groups: Sequence[Group]) -> list[str]:
+        return [self.start(group) for group in groups]
+
+    def start(self, group: Group) -> str:
+        """Starts one worker; returns its process id."""
         command = [*self.worker, *group.arguments(), "--parent", str(os.getpid())]
         environment, gpu = dict(os.environ), None
         if self.gpus:
@@ -70,35 +76,22 @@ class Local:
             ended = Ended(process.returncode, words.read().decode(errors="replace"))
         if ended.code == 0:
             return ended
-        return Ended(ended.code, ended.words, settle(group, process.pid, ended, oom_kills() > ooms))
+        settled = settle(group, of_process(process.pid), ended, oom_kills() > ooms)
+        return Ended(ended.code, ended.words, settled)
 
-    def cancel(self, job: str) -> None:
-        if job not in self.jobs:
-            return
-        process = self.jobs[job][0]
-        process.terminate()
-        try:
-            process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        self.poll(job)
-
-
-def settle(group: Group, pid: int, ended: Ended, out_of_memory: bool) -> int:
-    """Closes the attempts that a dead worker left open; returns their number."""
-    outcome, reason = outcome_of(ended, out_of_memory)
-    log, count = ended.words.splitlines()[-LAST_LINES:], 0
-    for entry in read_manifest(group.study)["cells"]:  # a branch brings its trunk: not the group's alone
-        folder = CellFolder(group.study, entry["id"])
-        how = (outcome, reason)
-        if folder.result.exists():
-            how = ("released", "it had its result")
-        if close_for(FolderStore(folder.attempts), pid, how[0], reason=how[1], log=log):
-            count += 1
-            if how[0] == "failed":
-                folder.log.write_text(ended.words)
-    return count
+    def cancel(self, jobs: Sequence[str]) -> None:
+        jobs = [job for job in jobs if job in self.jobs]
+        for job in jobs:
+            self.jobs[job][0].terminate()
+        end = time.monotonic() + GRACE_SECONDS
+        for job in jobs:
+            process = self.jobs[job][0]
+            try:
+                process.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            self.poll(job)
 
 
 def oom_kills() -> int:
@@ -191,11 +184,8 @@ def run_study(
     Raises:
       StudyError: a worker stopped at something that every cell would meet; its words are passed on.
     """
-    check_cells(study)
-    cancel_file(study).unlink(missing_ok=True)
-    for entry in read_manifest(study)["cells"]:
-        if not CellFolder(study, entry["id"]).result.exists():
-            renew(CellFolder(study, entry["id"]), budgets or Budgets())
+    prepare(study, budgets or Budgets())
     gpus = visible_gpus()
     engine = engine or Local(cores_per_worker, gpus if len(gpus) > 1 and count > 1 else ())
-    return run_to_the_end(engine, Group(Path(study), tuple(only), tuple(options)), count, on_poll, budgets)
+    groups = [Group(Path(study), tuple(only), tuple(options))] * count
+    return run_to_the_end(engine, groups, on_poll, budgets)

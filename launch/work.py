@@ -45,7 +45,8 @@ def try_cells(study: Path, entries: list[dict], execution, keeper: Keeper, stop=
       The ids that need no further look in this round: trained, or failed; those of others are left out.
 
     Raises:
-      StorageError: the study cannot be written. Preempted: ``stop`` was set.
+      StorageError: the study cannot be written.
+      Preempted: ``stop`` was set, or another process of the job is gone.
     """
     from scaling import hosts
     from scaling.run_trainer import run_trainer
@@ -95,6 +96,10 @@ def try_cells(study: Path, entries: list[dict], execution, keeper: Keeper, stop=
         except Exception as error:
             if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
                 raise StorageError(explain_os_error(error, error.filename or study)) from error
+            if hosts.is_lost_peer(error):  # the cells are not to blame, and nothing can be agreed on any more
+                for claim in held.values():
+                    claim.close("preempted", reason=f"another process of the job is gone: {error}")
+                raise Preempted from error
             reason, final, log = (
                 f"{type(error).__name__}: {error}".splitlines()[0],
                 False,
@@ -147,7 +152,12 @@ def work(
     # a trunk first, its branches wait for it; then the most expensive
     order = sorted(wanted, key=lambda e: (e.get("role") != "trunk", -spent_flops(e)))
     if not hosts.is_main():
-        return follow(study, {e["id"]: e for e in wanted}, execution)
+        try:
+            return follow(study, {e["id"]: e for e in wanted}, execution)
+        except Exception as error:
+            if hosts.is_lost_peer(error):
+                raise Preempted from error
+            raise
     size_of = pack_size(pack if not hosts.several() else "off")
     with Keeper(Observer() if heartbeat is None else Observer(heartbeat), look) as keeper:
         while waiting := [e for e in order if not is_over(study, e, budgets)]:

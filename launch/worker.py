@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 from scaling.attempts import MAX_FAILURES, MAX_PREEMPTIONS, Budgets, is_cancelled
-from scaling.claims import HEARTBEAT
+from scaling.claims import HEARTBEAT, JOB
 
 
 def configure_jax() -> None:
@@ -98,14 +98,22 @@ def main() -> int:
 
 
 def stop_on_sigterm() -> threading.Event:
-    """An event that SIGTERM sets, so that the cell at hand is saved; a second SIGTERM ends the process."""
+    """An event that SIGTERM sets, so that the cell at hand is saved; a second SIGTERM ends the process.
+
+    Not in a scheduler's job, where several come and SIGKILL follows by itself. In a job of several processes
+    the signal is JAX's, see ``scaling.hosts.asked_to_stop``, and the event is set by a cancel alone.
+    """
+    from scaling import hosts
+
     stop = threading.Event()
 
     def asked(*_) -> None:
         stop.set()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if JOB not in os.environ:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    signal.signal(signal.SIGTERM, asked)
+    if not hosts.several():
+        signal.signal(signal.SIGTERM, asked)
     return stop
 
 

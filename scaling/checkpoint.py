@@ -25,6 +25,17 @@ from scaling.files import StorageError, StudyError, explain_os_error
 log = logging.getLogger(__name__)
 
 
+class Manager(ocp.CheckpointManager):
+    """Orbax's; it asks nobody about preemption.
+
+    JAX's service takes one count of calls a job, the training loop's (``hosts.asked_to_stop``): a save
+    that asked by its step's number would put the processes past the call that they had settled on.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one cell.
 
@@ -46,7 +57,7 @@ class Checkpoints:
             create=True,
         )
         try:
-            self.manager = ocp.CheckpointManager(self.folder, options=options)
+            self.manager = Manager(self.folder, options=options)
         except OSError as error:
             raise StorageError(explain_os_error(error, self.folder)) from error
 

@@ -22,7 +22,7 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from scaling.files import StorageError, explain_os_error, write_whole
@@ -31,6 +31,9 @@ HEARTBEAT = 10.0
 """Seconds between heartbeats."""
 PATIENCE = 6
 """Heartbeats that may be missed."""
+JOB = "SCALING_JOB"
+"""Environment variable: the scheduler's name of the job that a worker runs in. It never runs one job twice
+at a time, so that the claim of an earlier run of it is dead."""
 OUTCOMES = ("finished", "diverged", "failed", "preempted", "released")
 
 
@@ -184,7 +187,7 @@ class Observer:
 
     def is_dead(self, key: str, record: Mapping) -> bool:
         """Whether a claim without an outcome has died. ``key``: the cell's; the same at every look."""
-        if is_gone(record):
+        if is_gone(record) or of_job(os.environ.get(JOB))(record):
             return True
         sign, now = (record["owner"], record["beat"]), self.clock()
         if self.seen.get(key, (None,))[0] != sign:
@@ -290,6 +293,7 @@ def take(store, key: str, observer: Observer, purpose: str = "train") -> Claim |
         "machine": machine(),
         "pid": os.getpid(),
         "started": process_start(os.getpid()),
+        "job": os.environ.get(JOB),
         "purpose": purpose,
         "heartbeat": observer.heartbeat,
         "beat": 0,
@@ -339,14 +343,29 @@ class Keeper:
             claim.close("preempted")
 
 
-def close_for(store, pid: int, outcome: str, **words) -> bool:
-    """Ends the attempt of a process of this machine that is known to have ended, on its behalf.
+def of_process(pid: int) -> Callable[[Mapping], bool]:
+    """Whether an attempt is that of a process of this machine."""
+    return lambda record: (record["machine"], record["pid"]) == (machine(), pid)
+
+
+def of_job(job: str | None) -> Callable[[Mapping], bool]:
+    """Whether an attempt is that of a scheduler's job."""
+    return lambda record: job is not None and record.get("job") == job
+
+
+def close_for(store, is_theirs: Callable[[Mapping], bool], outcome: str, **words) -> bool:
+    """Ends the attempt of a process or job that is known to have ended, on its behalf.
 
     Returns:
       Whether its attempt was the last one and open.
     """
+    return amend(store, is_theirs, None, outcome, ended=time.time(), **words)
+
+
+def amend(store, is_theirs: Callable[[Mapping], bool], was: str | None, outcome: str, **words) -> bool:
+    """Gives the last attempt another outcome, where it is theirs and had ``was``; whether that is so."""
     number, last = latest(store)
-    if not last or last["outcome"] is not None or (last["machine"], last["pid"]) != (machine(), pid):
+    if not last or last["outcome"] != was or not is_theirs(last):
         return False
-    store.replace(attempt_name(number), encode({**last, "outcome": outcome, "ended": time.time(), **words}))
+    store.replace(attempt_name(number), encode({**last, "outcome": outcome, **words}))
     return True

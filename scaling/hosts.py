@@ -5,7 +5,10 @@ A job of one process needs none of it, and every function here is then free.
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import signal
 from typing import Any
 
 import jax
@@ -33,7 +36,9 @@ def initialize_distributed(how: str | None) -> None:
     if how is None:
         return
     if how == "auto":
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(
+            local_device_ids=gpus_of_this_process(), heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+        )
         return
     address, *numbers = how.split(",")
     if len(numbers) != 2 or ":" not in address or not all(n.isdigit() for n in numbers):
@@ -46,6 +51,15 @@ def initialize_distributed(how: str | None) -> None:
     )
 
 
+def gpus_of_this_process() -> list[int] | None:
+    """Under Slurm with one process a node all of its GPUs, of which JAX by itself takes one; else None."""
+    env = os.environ
+    gpus, nodes = env.get("SLURM_GPUS_ON_NODE", ""), env.get("SLURM_STEP_NUM_NODES")
+    if not gpus.isdigit() or nodes is None or nodes != env.get("SLURM_STEP_NUM_TASKS"):
+        return None
+    return list(range(int(gpus)))
+
+
 def is_main() -> bool:
     """Whether this is the process that writes the cell's files."""
     return jax.process_index() == 0
@@ -54,6 +68,36 @@ def is_main() -> bool:
 def several() -> bool:
     """Whether the job has more than one process."""
     return jax.process_count() > 1
+
+
+CALLS = itertools.count(1)
+
+
+def asked_to_stop() -> bool:
+    """Whether any process of a job of several was sent SIGTERM: at one call the answer is True in them all.
+
+    Every process calls this equally often, once a step. It costs a look at a flag: JAX's coordination
+    service, whose handler of SIGTERM stays in place, settles on the call that no process has come to yet.
+    """
+    if not several():
+        return False
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(next(CALLS))
+
+
+def stop_all() -> None:
+    """Has every process of the job told to stop by ``asked_to_stop``, as after a SIGTERM from outside."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+LOST = ("Gloo", "by peer", "UNAVAILABLE", "ncclRemoteError", "ncclSystemError", "oordination service")
+"""Of the words of errors that a collective raises where another process is gone."""
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether an error is that of a job of several processes whose others are gone, not the cell's own."""
+    return several() and isinstance(error, RuntimeError) and any(words in str(error) for words in LOST)
 
 
 def agree(value: Any) -> Any:

@@ -113,8 +113,8 @@ def train_pack(
       jobs: at least one; their compiled parts (``Static``, batch, sequence length) must be equal.
       execution: how to run them. on_metrics: called with every logged line of every cell.
       on_step: called after every step, before anything of it is written, with cell id to steps done of the
-        cells under way; once before the first. True: save them and stop (in a job of several processes it
-        cannot, as the others would not know).
+        cells under way; once before the first. True: save them and stop. A job of several processes does so
+        where one of them was sent SIGTERM (``hosts.asked_to_stop``), and all of them at one step.
 
     Returns:
       The content of each ``result.json``, in order.
@@ -122,7 +122,7 @@ def train_pack(
     Raises:
       ConfigError: cells of different shapes; otherwise as ``train``.
       StudyError: as ``train``.
-      Preempted: ``on_step`` asked to stop.
+      Preempted: asked to stop.
     """
     execution = execution or Execution()
     jobs = [dataclasses.replace(job, cell=validate_cell(job.cell)) for job in jobs]
@@ -291,10 +291,14 @@ class Pack:
 
     def tell(self) -> bool:
         """Says where the cells stand; whether they should stop."""
-        if self.on_step is None:
-            return False
-        asked = self.on_step({lane.name: lane.done for lane in self.lanes if lane.active})
-        return bool(asked) and not hosts.several()
+        asked = False
+        if self.on_step is not None:
+            asked = bool(self.on_step({lane.name: lane.done for lane in self.lanes if lane.active}))
+        if not hosts.several():
+            return asked
+        if asked:
+            hosts.stop_all()
+        return hosts.asked_to_stop()
 
     def stop_early(self, state) -> None:
         """Saves every cell that is under way, so that the next attempt goes on from here."""

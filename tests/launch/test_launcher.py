@@ -88,6 +88,8 @@ def test_budgets_are_two_and_can_be_renewed(study):
         (-15, "", True, "preempted"),
         (75, "", False, "preempted"),
         (-11, "Segmentation fault", False, "failed"),
+        (-6, "Terminating: the JAX distributed service detected fatal errors.", False, "preempted"),
+        (-6, "free(): invalid pointer", False, "failed"),
         (1, "Timeout (0:30:00)!\nThread 0x1", False, "failed"),
         (1, "ValueError: x", False, "failed"),
     ],
@@ -99,33 +101,38 @@ def test_what_an_end_means(code, words, memory, outcome):
 class Engine:
     """Jobs that end as they are told to."""
 
+    every = 0.0
+
     def __init__(self, ends):
         self.ends, self.submitted, self.cancelled = list(ends), [], []
 
-    def submit(self, group):
-        self.submitted.append(group)
-        return str(len(self.submitted))
+    def submit(self, groups):
+        self.submitted += groups
+        return [str(len(self.submitted) - k) for k in reversed(range(len(groups)))]
 
     def poll(self, job):
         return self.ends.pop(0)
 
-    def cancel(self, job):
-        self.cancelled.append(job)
+    def cancel(self, jobs):
+        self.cancelled += jobs
 
 
 def test_jobs_are_submitted_again_until_it_makes_no_sense(study):
     group = Group(study[0])
     lost = Engine([None, Ended(-9, "", 1), Ended(75), Ended(-9, "", 1), Ended(0)])
-    drive(lost, group, 1, every=0)
+    drive(lost, [group])
     assert len(lost.submitted) == 4
     idle = Engine([Ended(1, "ImportError: no jax")] * 9)
     with pytest.raises(StudyError, match="ImportError: no jax"):
-        drive(idle, group, 1, every=0)
+        drive(idle, [group])
     assert len(idle.submitted) == engine.MOST_IDLE_CRASHES
     bad = Engine([Ended(2, "noise\nerror: the disk is full")])
     with pytest.raises(StudyError, match=r"^the disk is full$"):
-        drive(bad, group, 2, every=0)
+        drive(bad, [group] * 2)
     assert bad.cancelled == ["2"]
+    removed = Engine([Ended(-15, "", unwanted=True), Ended(0)])
+    drive(removed, [group] * 2)
+    assert len(removed.submitted) == 2
 
 
 def test_asked_to_stop_it_saves_and_goes_on_from_there(study):
