@@ -10,7 +10,7 @@ import click
 
 from launch.options import (
     DEVICE_OPTIONS,
-    POD_OPTIONS,
+    ENGINE_OPTIONS,
     RUN_OPTIONS,
     WORKER_OPTIONS,
     as_argument,
@@ -37,11 +37,11 @@ def run(study, cells, workers, cores_per_worker, as_json, **options):
 
 @click.command()
 @click.argument("config_or_study", type=click.Path(path_type=Path))
-@click.option("--on", type=click.Choice(["local", "jobset", "skypilot"]), default="local", show_default=True,
-              help="Where.")  # fmt: skip
+@click.option("--on", type=click.Choice(["local", "slurm", "jobset", "skypilot"]), default="local",
+              show_default=True, help="Where.")  # fmt: skip
 @click.option("--study", type=click.Path(path_type=Path), help="Study folder (default: studies/NAME).")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of a config.")
-@with_options(POD_OPTIONS + WORKER_OPTIONS + RUN_OPTIONS + DEVICE_OPTIONS)
+@with_options(ENGINE_OPTIONS + WORKER_OPTIONS + RUN_OPTIONS + DEVICE_OPTIONS)
 @json_option
 def launch(
     config_or_study, on, study, overrides, dry_run, target, settings, out, cells, workers, cores_per_worker,
@@ -49,14 +49,17 @@ def launch(
 ):  # fmt: skip
     """Plan CONFIG where that is not done yet, and train what has no result: `scaling plan` and `run` in one.
 
-    A study folder in place of CONFIG is taken as it is. --on jobset (Kubernetes) and --on skypilot plan the
-    study and write a file for each job, with a README of how to apply them; they need --dry-run and --target.
+    A study folder in place of CONFIG is taken as it is. With --on slurm every cell is a job of an array.
+    --on jobset (Kubernetes) and --on skypilot write a file for each job, with a README of how to apply them;
+    they need --dry-run and --target.
     """
     from launch import pods
 
-    if on == "local" and (dry_run or target or settings or out):
-        raise StudyError("--dry-run, --target, --settings and --out are for --on jobset and --on skypilot")
-    if on != "local":
+    if on == "local" and (dry_run or settings):
+        raise StudyError("--dry-run and --settings are for --on slurm, jobset and skypilot")
+    if on in ("local", "slurm") and (target or out):
+        raise StudyError("--target and --out are for --on jobset and --on skypilot")
+    if on in ("jobset", "skypilot"):
         pods.check(on, dry_run, target, workers)
     if config_or_study.is_dir():
         if overrides or study:
@@ -64,6 +67,8 @@ def launch(
         study = config_or_study
     else:
         study = plan_there(config_or_study, study, list(overrides))
+    if on == "slurm":
+        return run_on_slurm(study, cells, workers, cores_per_worker, as_json, options, settings, dry_run)
     if on != "local":
         done = pods.write(on, study, target, settings, out, cells, options)
         said = "{jobs} jobs of {cells} cells on {target}: see {folder}/README.md".format(**done)
@@ -132,25 +137,10 @@ def run_here(study: Path, cells, workers, cores_per_worker: int, as_json: bool, 
     from scaling.attempts import Budgets
     from scaling.records import progress, read_manifest
 
-    wandb, pack = options["wandb"], options["pack"]
-    if wandb != "off" and importlib.util.find_spec("wandb") is None:
-        raise StudyError("--wandb needs the package wandb; install the extra: pip install 'scaling[wandb]'")
-    manifest = read_manifest(study)
-    if "simulated" in manifest:
-        raise StudyError(f"{study} was written by `scaling simulate`; plan into another folder to train it")
-    entries = manifest["cells"]
-    known = {e["id"] for e in entries}
-    for cell in cells:
-        if cell not in known:
-            raise StudyError(f"--cell {cell!r} is not a cell of {study}; `scaling status {study}` lists them")
-    todo = [r for r in progress(study) if r["status"] not in ("finished", "diverged")]
-    todo = [r for r in todo if not cells or r["cell"] in cells]
-    if wandb != "off" and pack in ("turns", "vmap"):
-        raise StudyError(f"--pack is {pack!r} with --wandb; wandb mirrors one cell at a time: use --pack off")
+    entries = read_manifest(study)["cells"]
+    todo = todo_of(study, cells, options)
     if not todo:
-        message = f"nothing to do: all {len(cells or known)} cells of {study} have a result"
-        emit(as_json, {"outcome": "nothing to do"}, lambda: console.print(message))
-        return 0
+        return say_nothing_to_do(study, cells, as_json)
     budgets = Budgets(options["max_failures"], options["max_preemptions"])
     passed = [x for name, value in options.items() for x in as_argument(name, value)]
     one_job = options["mesh"] or options["distributed"]  # its worker has all devices of this machine
@@ -160,6 +150,70 @@ def run_here(study: Path, cells, workers, cores_per_worker: int, as_json: bool, 
         code = local.run_study(study, count, passed, on_poll, cells, cores_per_worker, budgets)
     emit(as_json, {"outcome": "done", "cells": progress(study)}, lambda: show.run_summary(console, study))
     return code
+
+
+def run_on_slurm(
+    study: Path, cells, workers, cores_per_worker: int, as_json: bool, options: dict, settings, dry_run: bool
+) -> int:
+    """Trains on a Slurm cluster that has jobs submitted from here; the exit code."""
+    if importlib.util.find_spec("submitit") is None:
+        raise StudyError(
+            "--on slurm needs the package submitit; install the extra: pip install 'scaling[slurm]'"
+        )
+    from launch import show, slurm
+    from launch.engine import prepare, run_to_the_end
+    from scaling.attempts import Budgets
+    from scaling.records import progress
+
+    budgets = Budgets(options["max_failures"], options["max_preemptions"])
+    given = slurm.read_settings(settings)
+    if not todo_of(study, cells, options):
+        return say_nothing_to_do(study, cells, as_json)
+    if not dry_run:
+        prepare(study, budgets)
+    engine, groups = slurm.plan(study, cells, options, given, cores_per_worker, workers)
+    if dry_run:
+        found = slurm.dry_run(engine, groups)
+        emit(as_json, found, lambda: show.slurm_script(console, found))
+        return 0
+    with show.progress_bars(console, study, quiet=as_json) as on_poll:
+        code = run_to_the_end(engine, groups, on_poll, budgets)
+    emit(as_json, {"outcome": "done", "cells": progress(study)}, lambda: show.run_summary(console, study))
+    return code
+
+
+def todo_of(study: Path, cells, options: dict) -> list[dict]:
+    """Rows of the cells that have no result.
+
+    Raises:
+      StudyError: a cell that the study has not, or options that do not go together.
+    """
+    from scaling.records import progress, read_manifest
+
+    wandb, pack = options["wandb"], options["pack"]
+    if wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise StudyError("--wandb needs the package wandb; install the extra: pip install 'scaling[wandb]'")
+    manifest = read_manifest(study)
+    if "simulated" in manifest:
+        raise StudyError(f"{study} was written by `scaling simulate`; plan into another folder to train it")
+    known = {e["id"] for e in manifest["cells"]}
+    for cell in cells:
+        if cell not in known:
+            raise StudyError(f"--cell {cell!r} is not a cell of {study}; `scaling status {study}` lists them")
+    if wandb != "off" and pack in ("turns", "vmap"):
+        raise StudyError(f"--pack is {pack!r} with --wandb; wandb mirrors one cell at a time: use --pack off")
+    todo = [r for r in progress(study) if r["status"] not in ("finished", "diverged")]
+    return [r for r in todo if not cells or r["cell"] in cells]
+
+
+def say_nothing_to_do(study: Path, cells, as_json: bool) -> int:
+    """Tells that every cell has a result; the exit code."""
+    from scaling.records import read_manifest
+
+    count = len(cells or read_manifest(study)["cells"])
+    message = f"nothing to do: all {count} cells of {study} have a result"
+    emit(as_json, {"outcome": "nothing to do"}, lambda: console.print(message))
+    return 0
 
 
 COMMANDS = (run, launch, relaunch, status, cancel)

@@ -88,13 +88,13 @@ DEVICE_OPTIONS = (
         help="One process of several: run the same command on every host.",
     ),
 )
-POD_OPTIONS = (
-    click.option("--dry-run", is_flag=True, help="jobset, skypilot: write the files, submit nothing."),
+ENGINE_OPTIONS = (
+    click.option("--dry-run", is_flag=True, help="Not local: show or write what would run, submit nothing."),
     click.option("--target", help="jobset, skypilot: what each job runs on, e.g. v5e-64, v6e-256, h100-8."),
     click.option(
         "--settings",
         type=click.Path(path_type=Path),
-        help="jobset, skypilot: a .toml file (image, volume, ...).",
+        help="Not local: a .toml file (partition, time; image, volume, ...).",
     ),
     click.option(
         "--out", type=click.Path(path_type=Path), help="Folder of the files (default: STUDY/jobset, ...)."

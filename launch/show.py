@@ -295,3 +295,11 @@ def estimate(manifest: dict) -> dict | None:
         **estimate_cells(cells, default_workers(len(cells))),
         "packing": describe(cells, pack_size("auto")),
     }
+
+
+def slurm_script(console, found: dict) -> None:
+    """What ``scaling launch --on slurm --dry-run`` would submit."""
+    console.print(found["script"], markup=False, highlight=False, soft_wrap=True)
+    for number, cells in enumerate(found["jobs"]):
+        console.print(f"# element {number}: {' '.join(cells)}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"# each runs: {found['worker']}", markup=False, highlight=False, soft_wrap=True)

@@ -322,8 +322,8 @@ def check_objective(cell: Mapping) -> None:
     for key in ("probes", "block_threshold"):
         if objective == "masked_diffusion" and evaluation[key] != SCHEMA["eval"][key].default:
             raise ConfigError(
-                f"eval.{key} is {evaluation[key]!r} with model.objective = 'masked_diffusion'; it is for models "
-                "that predict the next token"
+                f"eval.{key} is {evaluation[key]!r} with model.objective = 'masked_diffusion'; it is for "
+                "models that predict the next token"
             )
     if objective == "next_token" and evaluation["draws"] != SCHEMA["eval"]["draws"].default:
         raise ConfigError(

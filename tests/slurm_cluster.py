@@ -130,7 +130,7 @@ SlurmctldHost={name}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={socket_}
+AuthInfo=socket={socket_},cred_expire=5
 CredType=cred/munge
 SlurmctldPort={controller}
 SlurmctldPidFile={here}/slurmctld.pid
