@@ -64,6 +64,8 @@ def try_cells(study: Path, entries: list[dict], execution, keeper: Keeper, stop=
                 held[entry["id"]] = claim
         hosts.agree(list(held))
         if not held:
+            if hosts.asked_to_stop():
+                raise Preempted
             return over
 
         def on_step(steps: dict[str, int]) -> bool:
@@ -165,6 +167,7 @@ def work(
             took = False
             for entry in waiting:
                 if stop.is_set():
+                    hosts.agree(None)
                     raise Preempted
                 if entry["id"] in seen or not may_start(study, entry, budgets):
                     continue
@@ -179,6 +182,8 @@ def work(
             if not took:
                 stop.wait(0.5)  # others have them; stay until they are done, to take over what they drop
                 hosts.agree([])
+                if hosts.asked_to_stop():
+                    raise Preempted
             order = waiting
     hosts.agree(None)
 
@@ -206,12 +211,14 @@ def has_failed(study: Path, entry: dict) -> bool:
 def follow(study: Path, entries: dict[str, dict], execution) -> None:
     """The life of a worker that is not the first process of its job: it trains what the first one takes."""
     from scaling import hosts
-    from scaling.train import train_pack
+    from scaling.train import Preempted, train_pack
 
     while (names := hosts.agree(None)) is not None:
         with contextlib.suppress(ConfigError, StudyError):  # the first process meets the same and notes it
             if names and "trainer" not in entries[names[0]]["config"]:  # the first process runs these alone
                 train_pack([job_of(study, entries[name]) for name in names], execution)
+            elif hosts.asked_to_stop():
+                raise Preempted
 
 
 def with_their_trunks(entries: list[dict], only: list[str] | None) -> list[dict]:

@@ -1,16 +1,22 @@
 """Crashes of cells and of workers: the sweep goes on, each is counted once, and nothing false is finished."""
 
 import json
+import re
+import signal
+import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from slurm_cluster import wait_until
 from tiny_study import tiny_study
 
 from launch import engine, local
 from launch.engine import Ended, Group, drive, outcome_of
 from launch.planning import manifest_of
-from scaling.attempts import Budgets, attempts_of, renew, tally
+from scaling.attempts import Budgets, attempts_of, cancel_file, renew, tally
 from scaling.claims import FolderStore, Observer, take
 from scaling.files import CellFolder, StudyError, read_json
 from scaling.grid import write_manifest
@@ -153,3 +159,35 @@ def test_asked_to_stop_it_saves_and_goes_on_from_there(study):
     assert json.loads(whole.metrics.read_text().splitlines()[-1]) == json.loads(
         job.folder.metrics.read_text().splitlines()[-1]
     )
+
+
+def catches_sigterm(pid):
+    """Whether a process has a handler: JAX's, once it has joined the others."""
+    (mask,) = re.findall(r"SigCgt:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return int(mask, 16) >> (signal.SIGTERM - 1) & 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGTERM", "cancel"])
+def test_two_processes_that_wait_for_a_cell_end_together(corpus, tmp_path, how):
+    """One of them alone is asked to; the other must not stay behind in a collective."""
+    (folder,) = planned(corpus, tmp_path / "study", [0]).values()
+    other = take(FolderStore(folder.attempts), "c", Observer())
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    command = [sys.executable, "-m", "launch.worker", str(tmp_path / "study"), "--heartbeat-seconds", "1"]
+    pair = [subprocess.Popen([*command, "--distributed", f"{address},2,{i}"], stderr=-1) for i in range(2)]
+    try:
+        wait_until(lambda: all(catches_sigterm(p.pid) for p in pair), "they have joined", 120)
+        time.sleep(2)
+        if how == "SIGTERM":
+            pair[1].terminate()
+        else:
+            cancel_file(tmp_path / "study").touch()
+        ends = [p.wait(60) for p in pair]
+    finally:
+        for p in pair:
+            p.kill()
+    assert ends == ([75, 75] if how == "SIGTERM" else [0, 0])
+    assert other.number == 1 and len(attempts_of(folder)) == 1
