@@ -123,7 +123,7 @@ def plan_of(settings: dict) -> dict:
 
 def one_study(truth: Planted, number: int, grid: law.Pool, settings: dict, manifest: dict) -> dict:
     """A uniform grid, random cells and a search for half its FLOPs on one planted study."""
-    whole = grid.whole()
+    whole = grid.whole
     flat = estimate(fit_cells(grid.cells, truth))
     blind = estimate(fit_cells(random_cells(law.Pool(manifest), whole / 2, number), truth))
     made: list[Session] = []
@@ -151,12 +151,12 @@ def one_study(truth: Planted, number: int, grid: law.Pool, settings: dict, manif
 
 def planted(studies: int, folder: Path) -> dict:
     grid = law.Pool(plan_of(settings_of(planted_config(SIZES[::2], LENGTHS[::2], [0], 1e30), folder, "grid")))
-    settings = settings_of(planted_config(SIZES, LENGTHS, [0, 1, 2], grid.whole() / 2), folder, "pool")
+    settings = settings_of(planted_config(SIZES, LENGTHS, [0, 1, 2], grid.whole / 2), folder, "pool")
     manifest = plan_of(settings)
     pool = law.Pool(manifest)
     out = {
-        "uniform_cells": len(grid.cells), "uniform_flops": grid.whole(), "pool_cells": len(pool.cells),
-        "pool_flops": pool.whole(), "studies": [],
+        "uniform_cells": len(grid.cells), "uniform_flops": grid.whole, "pool_cells": len(pool.cells),
+        "pool_flops": pool.whole, "studies": [],
     }  # fmt: skip
     for noise, shared in NOISES:
         for number in range(studies):
@@ -254,7 +254,7 @@ def real(folder: Path) -> dict:
     seconds = scaling("run", str(folder / "uniform"))
     table = collect(folder / "uniform")
     fit = fit_table(table, bootstraps=law.BOOTSTRAPS, sensitivity=False)
-    whole = law.Pool(json.loads((folder / "uniform/manifest.json").read_text())).whole()
+    whole = law.Pool(json.loads((folder / "uniform/manifest.json").read_text())).whole
     asked = {"kind": "law", "budget": whole / 2, "within": reported_half_width(fit)}
     pool = base({"params": REAL["sizes"], "tokens": REAL["lengths"]}, [0, 1], name="searched", **more)
     # the trunks' batch and rates are those of the uniform grid: its cells and the search's are of one recipe

@@ -1,4 +1,4 @@
-"""Learning rate and weight decay of a small model by iterative-deepening Hyperband: minutes on two CPU cores.
+"""Learning rate and weight decay of a small model by iterative-deepening Hyperband, for 2.1e12 FLOPs.
 
 `scaling search experiments/tune.py`; then append 2e6 to ``tokens``, raise ``budget`` and run it again: what
 was trained is kept.

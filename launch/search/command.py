@@ -85,7 +85,7 @@ def at_most(algorithm, settings: dict, data: dict) -> dict:
     session.search = {**session.search, "budget": math.inf}
     session.ask(pool.grow(first), [], chosen=len(first))
     session.search["budget"] = settings["search"]["budget"]
-    return session.record("planned") | {"pool_flops": pool.whole(), "pool": len(pool.cells)}
+    return session.record("planned") | {"pool_flops": pool.whole, "pool": len(pool.cells)}
 
 
 def _untold(search: dict) -> str:
@@ -155,7 +155,9 @@ def show(record: dict, study: Path) -> None:
             soft_wrap=True,
         )
         return
-    where = ", ".join(f"{k} {v:g}" for k, v in answer["point"].items())
+    where = ", ".join(
+        f"{k} {v:g}" if isinstance(v, (int, float)) else f"{k} {v}" for k, v in answer["point"].items()
+    )
     console.print(
         f"best at D {answer['tokens']:.4g}: {where}, loss {answer['loss']:.4f} (cell {answer['cell']})",
         soft_wrap=True,

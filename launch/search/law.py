@@ -9,6 +9,7 @@ measures (``fits.adaptive.is_narrow``), or where the budget holds no further cel
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -73,6 +74,7 @@ class Pool:
             out += [self.cells[i]] if chain is None else chain.add(self.cells[i]["config"])
         return out
 
+    @functools.cached_property
     def whole(self) -> float:
         """FLOPs of the whole pool."""
         fresh = Pool.__new__(Pool)
@@ -182,8 +184,8 @@ def choose(
             pass
     picks: list[int] = []
     for i in sorted(rest, key=lambda i: pool.prices([i])[0]):
-        price, spend_left = float(pool.prices([i], picks)[0]), spend
-        if price > spend_left:
+        price = float(pool.prices([i], picks)[0])
+        if price > spend:
             break
         picks.append(i)
         spend -= price
@@ -209,7 +211,7 @@ def describe(fit, widths, session: Session, pool: Pool, asked: dict) -> dict | N
         "params": fit.params,
         "rows": int(sum(r["outcome"] == "used" for r in fit.rows)),
         "pool": len(pool.cells),
-        "pool_flops": pool.whole(),
-        "share": session.spent / pool.whole(),
+        "pool_flops": pool.whole,
+        "share": session.spent / pool.whole,
         "flags": flags,
     }

@@ -55,10 +55,15 @@ def populate(session: Session) -> None:
         for member, e in zip(members, made, strict=True):
             member.last, member.end = e["id"], end
         order = sorted(range(len(members)), key=lambda m: losses[m])
-        session.seen += [(m.point, end, x, m.last) for m, x in zip(members, losses, strict=True)]
         if not math.isfinite(losses[order[0]]):
             session.decide(copied={})
+            session.answer = None
             return
+        ahead = made[order[0]]  # the answer where the budget ends here: a loss at the constant rate
+        session.answer = {
+            "point": members[order[0]].point, "tokens": ahead["achieved"]["tokens"],
+            "loss": losses[order[0]], "cell": ahead["id"],
+        }  # fmt: skip
         if g + 1 < len(ends):
             session.decide(copied=exploit(session, members, losses, order, count, g))
     best = members[order[0]]

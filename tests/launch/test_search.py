@@ -193,6 +193,11 @@ def test_a_population_copies_the_better_and_is_deterministic(corpus, tmp_path):
     final = session.entries[last["cells"][0]]
     assert final["role"] == "branch" and final["trunk"] in generations[-1]["cells"]
     assert session.alone() is None
+    assert session.answer["tokens"] == pytest.approx(8 * LEAST, rel=0.01)  # whole steps of 96 tokens
+    short = population_settings(corpus, tmp_path, budget=0.6 * session.spent)
+    part, status = run(short)
+    assert status == "out of budget" and part.answer["cell"] in part.rounds[-2]["cells"]
+    assert part.answer["loss"] == min(part.rounds[-2]["losses"])
 
 
 def test_points_are_functions_of_seed_stream_and_index():
@@ -279,7 +284,7 @@ def test_prices_of_a_grid_are_what_its_entries_cost(corpus, tmp_path):
     settings = law_settings(corpus, tmp_path)
     manifest = plan({k: v for k, v in settings.items() if k != "search"}, FACTS)
     pool = law.Pool(manifest)
-    assert pool.whole() == pytest.approx(sum(map(spent_flops, manifest["cells"])))
+    assert pool.whole == pytest.approx(sum(map(spent_flops, manifest["cells"])))
     paid, rng, every = 0.0, np.random.default_rng(0), list(range(len(pool.cells)))
     rng.shuffle(every)
     for k in range(0, len(every), 7):
@@ -289,7 +294,7 @@ def test_prices_of_a_grid_are_what_its_entries_cost(corpus, tmp_path):
         # one long segment or several short ones: the same steps, in floats of another order
         assert got == pytest.approx(told, rel=1e-9)
         paid += got
-    assert paid == pytest.approx(pool.whole())
+    assert paid == pytest.approx(pool.whole)
 
 
 BAD = [
