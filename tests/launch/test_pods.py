@@ -359,7 +359,7 @@ def test_what_is_refused(study, tmp_path, on, target, more, message):
     [
         (["--on", "jobset", "--target", "v5e"], "writes files and submits nothing: add --dry-run"),
         (["--on", "skypilot", "--dry-run"], "needs --target"),
-        (["--dry-run"], "are for --on jobset and --on skypilot"),
+        (["--dry-run"], "are for --on slurm, jobset and skypilot"),
         (["--on", "jobset", "--dry-run", "--target", "v5e"], "image is missing"),
         (["--on", "skypilot", "--dry-run", "--target", "v5e"], "one of nfs and volume"),
     ],
