@@ -24,7 +24,7 @@ from scaling.lane import Job
 from scaling.train import train_pack
 
 FACTS = {"fingerprint": "f" * 16, "vocab": 256, "unique_tokens": 10**9, "heldout_tokens": 10**6}
-LEAST = 2048  # 16 updates of 4 x 32 tokens
+LEAST = 2048  # 21 updates of 3 x 32 tokens
 SPACE = {"optim.lr": {"low": 1e-4, "high": 1.0}}
 BEST_LR = 3e-3
 
