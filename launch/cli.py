@@ -71,10 +71,10 @@ def cli() -> None:
 
     \b
     Further questions of a fit:
+      scaling ask LAW_OR_FIT                     what else a law can answer
       scaling compare A B                        effective speed-up, and where the frontiers cross
       scaling next studies/quickstart --budget 1e13    which run teaches most per FLOP
       scaling select studies/quickstart          which law forecasts best
-      scaling ask chinchilla serve params=13e9 inference_tokens=2e12    what else a law can answer
       scaling simulate experiments/quickstart.py ...   the same study from a law that you plant
       scaling families experiments/families.py   which architecture, at equal tuning
       scaling search experiments/tune.py         spend a budget adaptively: tuning, or a law from fewer cells
