@@ -15,8 +15,9 @@ from launch.frontiers import as_table, frontiers
 from launch.status import study_status
 from scaling import trainers
 from scaling.config import ConfigError, cell_id, validate_cell
+from scaling.grid import plan
 from scaling.records import collect, progress
-from scaling.study import validate_study
+from scaling.study import load_study, validate_study
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = {"columns": None, "token_unit": 1.0, "param_unit": 1.0, "exclude": (), "seed": 0, "bootstraps": 200}
@@ -221,3 +222,13 @@ def test_a_cell_that_is_asked_to_stop_begins_again(tmp_path):
 def test_the_option_is_in_the_help():
     done = scaling("fit", "--help", cwd=ROOT)
     assert "--by COLUMN" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["plrf", "structured", "markov", "grammar"])
+def test_the_studies_can_be_planned(name):
+    settings = load_study(ROOT / f"experiments/theory/{name}.py")
+    assert settings["name"] == name
+    if name == "structured":
+        manifest = plan(settings, {})
+        assert len(manifest["cells"]) == 42 and not manifest["dropped"]
+        assert set(manifest["truths"]) == {"moments 2 3", "sgd 2 3"}
