@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import time
 from collections.abc import Mapping
@@ -22,7 +23,6 @@ from scaling import __version__
 from scaling.claims import FolderStore, Observer, take
 from scaling.config import ConfigError
 from scaling.files import CellFolder, StudyError, write_json, write_whole
-from scaling.lane import to_line
 from scaling.trainers import achieved, tokens_per_step
 
 SPEED = 1e11
@@ -159,7 +159,7 @@ def write_cell(folder: CellFolder, entry: Mapping, law, params, noise: Noise, da
     seconds = got["flops"] * cut / steps / SPEED * (STRAGGLE if kind == "straggler" else 1.0)
     write_json(folder.config, cell)
     rows = [{"step": s, "tokens": s * each, "loss": y} for s, y in zip(at, losses, strict=True)]
-    write_whole(folder.metrics, "".join(map(to_line, rows)))
+    write_whole(folder.metrics, "".join(json.dumps(row) + "\n" for row in rows))
     if kind == "straggler":
         _attempt(folder, "preempted", cut // 2, seconds / 2)
     if kind == "failed":
