@@ -310,6 +310,12 @@ def entry(name: str, cell: Mapping, target: Mapping) -> dict:
     return {"id": name, "role": "cell", "target": dict(target), "achieved": achieved(cell), "config": cell}
 
 
+def comparable(manifest: Mapping) -> str:
+    """What is equal of two plans of one study, though the older lacks fields that came later."""
+    cells = [{**entry, "config": validate_cell(entry["config"])} for entry in manifest["cells"]]
+    return canonical_json({**manifest, "revision": 1, "cells": cells})
+
+
 def write_manifest(study: Path | str, manifest: dict, grow: bool = False) -> str:
     """Puts a manifest into a study folder, once.
 
@@ -327,7 +333,7 @@ def write_manifest(study: Path | str, manifest: dict, grow: bool = False) -> str
         write_json(path, manifest)
         return "new"
     old = read_json(path)
-    if canonical_json({**old, "revision": 1}) == canonical_json({**manifest, "revision": 1}):
+    if comparable(old) == comparable(manifest):
         return "same"
     old_ids, new_ids = ({c["id"] for c in m["cells"]} for m in (old, manifest))
     if old["study"] != manifest["study"] or not old_ids <= new_ids:

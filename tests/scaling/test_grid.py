@@ -153,6 +153,15 @@ def test_manifest_is_immutable(config, tmp_path):
         write_manifest(tmp_path, make(config, data__seq=16), grow=True)
 
 
+def test_a_manifest_of_before_a_field_existed_is_the_same_plan(config, tmp_path):
+    manifest = make(config)
+    older = copy.deepcopy(manifest)
+    for entry in older["cells"]:
+        del entry["config"]["model"]["memory_top"], entry["config"]["upcycle"]
+    write_manifest(tmp_path, older)
+    assert write_manifest(tmp_path, manifest) == "same"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
