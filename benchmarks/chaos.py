@@ -74,7 +74,8 @@ class Study:
         settings = self.aside / f"{self.path.name}-{which}.toml"
         setup = f"export PYTHONPATH={self.aside}/skewed:$PYTHONPATH"
         settings.write_text(
-            f'partition = "low"\ntime = 30\npoll_seconds = 2\nstop_seconds = 60\nsetup = ["{setup}"]\n'
+            f'[slurm]\npartition = "low"\ntime = 30\npoll_seconds = 2\nstop_seconds = 60\n'
+            f'setup = ["{setup}"]\n'
             f"nodes = {2 if of_pair else 1}\n"
         )
         command = [sys.executable, "-m", "launch.cli", "launch", self.path, "--on", "slurm"]

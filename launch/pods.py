@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from launch import packs
 from launch.engine import Group
 from launch.options import as_argument
 from launch.preflight.hardware import GENERATIONS, Target, parse_target
+from launch.settings import engine_table
 from scaling.branches import spent_flops
 from scaling.config import ConfigError, check_keys, validate_cell
 from scaling.files import CellFolder, StudyError, write_whole
@@ -56,18 +56,7 @@ def read_settings(path: Path | None, section: str, fields: Mapping[str, Setting]
       ConfigError: no such file, not TOML, a field that is missing, unknown or not valid.
     """
     where = f"settings {str(path)!r}: {section}" if path else f"{section} (no --settings given)"
-    table = {}
-    if path is not None:
-        try:
-            whole = tomllib.loads(path.read_text())
-        except OSError as error:
-            raise ConfigError(f"settings {str(path)!r} cannot be read ({error.strerror})") from error
-        except ValueError as error:
-            raise ConfigError(f"settings {str(path)!r} is not TOML ({error})") from error
-        check_keys(f"settings {str(path)!r}", whole, ["jobset", "skypilot"])
-        table = whole.get(section, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"{where} is {table!r}; it must be a table")
+    table = engine_table(path, section)
     check_keys(where, table, list(fields))
     for name, field in fields.items():
         if field.default is REQUIRED and not table.get(name):

@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import time
-import tomllib
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from submitit.slurm.slurm import SlurmExecutor, SlurmInfoWatcher, SlurmJob
 from launch import packs
 from launch.engine import BAD_INPUT, Ended, Group, settle, unfinished
 from launch.options import as_argument
+from launch.settings import engine_table
 from launch.slurm_task import Task, job_name
 from scaling.attempts import Budgets
 from scaling.branches import spent_flops
@@ -89,21 +89,16 @@ KINDS = {
 
 
 def read_settings(path: Path | None) -> Settings:
-    """The user's file.
+    """The table ``slurm`` of the user's file.
 
     Raises:
-      StudyError: it cannot be read, or a key or value is not as it must be.
+      ConfigError: the file cannot be read. StudyError: a key or value is not as it must be.
     """
-    if path is None:
-        return Settings()
-    try:
-        found = tomllib.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise StudyError(f"{path} cannot be read as TOML: {error}") from error
+    found = engine_table(path, "slurm")
     kinds = {f.name: f.type.removesuffix(" | None") for f in dataclasses.fields(Settings)}
     for key, value in found.items():
         if key not in kinds:
-            raise StudyError(f"{path} has {key!r}; it may have {', '.join(kinds)} (others under [sbatch])")
+            raise StudyError(f"{path} has {key!r}; it may have {', '.join(kinds)} (others in sbatch = {...})")
         kind, words = KINDS[kinds[key]]
         right = isinstance(value, kind) and not isinstance(value, bool)
         if isinstance(value, list):

@@ -409,7 +409,7 @@ def test_cells_that_no_mesh_divides(corpus, study, tmp_path):
         ("skypilot", 'strategy = "NONE"', "strategy is 'NONE'; it must be EAGER_NEXT_REGION or FAILOVER"),
         ("skypilot", 'volume = "v"', "one of nfs and volume"),
         ("skypilot", "disk_gb = 10", "disk_gb is 10; it must be an integer of at least 50"),
-        ("slurm", "a = 1", "unknown key 'slurm'"),
+        ("slrum", "a = 1", "unknown key 'slrum'"),
         ("jobset", "= 1", "is not TOML"),
     ],
 )

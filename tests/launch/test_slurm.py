@@ -58,7 +58,7 @@ def launched(slurm, study: Path, *options: str, **settings):
     """``scaling launch --on slurm`` under way."""
     file = study.with_name(f"{study.name}.toml")
     words = {"partition": "low", "time": 30, "poll_seconds": 1, **settings}
-    file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in words.items()))
+    file.write_text("[slurm]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in words.items()))
     command = [sys.executable, "-m", "launch.cli", "launch", study, "--on", "slurm", "--settings", file]
     process = subprocess.Popen(
         [*command, "--json", *options],

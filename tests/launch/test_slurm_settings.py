@@ -16,6 +16,7 @@ from launch.planning import manifest_of
 from launch.slurm_task import blame
 from scaling.attempts import Budgets, tally
 from scaling.claims import JOB, FolderStore, Observer, take
+from scaling.config import ConfigError
 from scaling.files import CellFolder, StudyError, write_json
 from scaling.grid import write_manifest
 from scaling.records import read_manifest
@@ -32,15 +33,15 @@ from scaling.study import validate_study
         ("setup = ['a', 1]", "setup is .*list of strings"),
         ("gpus_per_node = -1", "gpus_per_node is -1"),
         ("time = 2\nstop_seconds = 120", "stop_seconds is 120, not less than time"),
-        ("time = ", "cannot be read as TOML"),
+        ("time = ", "is not TOML"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, text, words):
     file = tmp_path / "cluster.toml"
-    file.write_text(text)
-    with pytest.raises(StudyError, match=words):
+    file.write_text(f"[slurm]\n{text}")
+    with pytest.raises((ConfigError, StudyError), match=words):
         slurm.read_settings(file)
-    with pytest.raises(StudyError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         slurm.read_settings(tmp_path / "none.toml")
 
 
@@ -54,7 +55,7 @@ def test_the_script_has_what_the_user_asked_for_and_nothing_is_submitted(study_f
     monkeypatch.setenv("PATH", "/nowhere")  # neither srun nor sbatch
     settings = tmp_path / "cluster.toml"
     settings.write_text(
-        "partition = 'gpu'\naccount = 'a1'\nqos = 'q'\nconstraint = 'h100'\ntime = 90\nnodes = 2\n"
+        "[slurm]\npartition = 'gpu'\naccount = 'a1'\nqos = 'q'\nconstraint = 'h100'\ntime = 90\nnodes = 2\n"
         "gpus_per_node = 8\nmem_gb = 1.5\nstop_seconds = 300\nsetup = ['module load x']\n"
         "container = 'image.sqsh'\nmounts = ['/data:/data']\nsbatch = {reservation = 'r'}\n"
         "srun = ['--mpi=none']\n"
@@ -84,7 +85,7 @@ def test_the_script_has_what_the_user_asked_for_and_nothing_is_submitted(study_f
 
 def test_options_that_do_not_go_together(study_file, tmp_path):
     settings = tmp_path / "cluster.toml"
-    settings.write_text("gpus_per_node = 4\n")
+    settings.write_text("[slurm]\ngpus_per_node = 4\n")
     words = ["launch", str(study_file), "--study", str(tmp_path / "s"), "--on", "slurm", "--dry-run"]
     done = CliRunner().invoke(cli, [*words, "--settings", str(settings)])
     assert isinstance(done.exception, StudyError) and "--mesh 1,4,1" in str(done.exception)
