@@ -46,7 +46,7 @@ def test_every_kind_of_crash_is_counted_and_the_others_finish(study):
     path, cells = study
     words = [f"{kind}={seed}" for seed, kind in KINDS.items()]
     here = local.Local(worker=(sys.executable, str(CRASHING), *words, "--"))
-    options = ["--watchdog-seconds", "3", "--max-preemptions", "2", "--max-failures", "2"]
+    options = ["--watchdog-seconds", "8", "--max-preemptions", "2", "--max-failures", "2"]
     code = local.run_study(path, 2, options, lambda: None, budgets=Budgets(2, 2), engine=here)
     assert code == 1
     outcomes = {seed: [a["outcome"] for a in attempts_of(folder)] for seed, folder in cells.items()}
