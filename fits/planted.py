@@ -94,6 +94,11 @@ STUDIES: dict[str, tuple] = {
     "coverage": (
         {"U": 0.05, "a": 0.45, "b": 2.0}, lambda: {"K": np.unique(np.round(_over(1, 1e5, 40)))}, 0.01,
     ),
+    "coverage_N": (
+        {"U": 0.05, "a": 0.45, "b": 8000.0, "gamma": 0.4},
+        lambda: _grid(N=_over(5e8, 7e10, 6), K=(1, 3, 10, 30, 100, 1000, 1e4)), 0.01,
+    ),
+    "solve_verify": ({"K": 2e-8, "p": 0.57}, lambda: {"C": _over(1e13, 1e17, 18)}, 0.1),
     "updates_to_data": (
         {"E": 2e5, "K": 3e5, "alpha": 0.6}, lambda: {"R": np.repeat(_over(0.25, 32, 8), 4)}, 0.02,
     ),

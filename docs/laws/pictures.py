@@ -12,6 +12,7 @@ import numpy as np
 
 import fits
 from fits.laws import get_law
+from fits.laws.attempts import INTENSITY, attempt_cost
 from fits.laws.growth import ramp_average
 from fits.laws.precision import SIZE
 from fits.laws.quality import mixture_loss
@@ -210,6 +211,38 @@ def coverage():
 
 
 @styled
+def test_time():
+    """Failures against size at three budgets, with and without the cache; the best size by answer length."""
+    figure, axes = panels(None, 2, (7.6, 3.2))
+    law, p = get_law("coverage_N"), STUDIES["coverage_N"][0]
+    question, arrays = law.questions["allocate"], {k: np.array([v]) for k, v in p.items()}
+    default = {k: v for k, (v, _) in question.takes.items()}
+    N = np.geomspace(1e8, 1e12, 200)
+    cache = default["cache"] * (N / 1e9) ** default["cache_power"]
+    for budget, colour in ((1e15, GREEN), (1e16, BLUE), (1e17, ORANGE)):
+        for intensity, style in ((INTENSITY, "-"), (0.0, ":")):
+            one, shared = attempt_cost(N, 512.0, 1000.0, cache, 4.0, intensity)
+            k = (budget - shared) / one
+            left = np.where(k >= 1, law.predict(p, {"N": N, "K": np.maximum(k, 1.0)}), np.nan)
+            name = f"{scientific(budget)} FLOPs" if intensity else None
+            axes[0].plot(N, left, style, color=colour, label=name)
+    axes[0].set(
+        xscale="log", xlabel="parameters", ylabel="1 - pass@k", title="1,000 tokens; dotted: free cache"
+    )
+    tokens = np.geomspace(100, 1e4, 25)
+    got = [question.answer(law, arrays, default | {"flops": 1e18, "tokens": t}) for t in tokens]
+    for key, colour, name in (("params", BLUE, "cache counted"), ("params_flops_only", GREY, "FLOPs alone")):
+        axes[1].plot(tokens, [float(g[key][0]) for g in got], color=colour, label=name)
+    axes[1].set(xscale="log", yscale="log", xlabel="tokens an attempt", ylabel="best size at 1e18")
+    axes[1].set_title("planted constants")
+    for axis in (axes[0].xaxis, axes[1].xaxis, axes[1].yaxis):
+        label_log_axis(axis, short)
+    for ax in axes:
+        ax.legend()
+    return figure
+
+
+@styled
 def rl():
     """Data against updates at equal return, and the cheapest ratio at three prices."""
     figure, [ax] = panels(None, 1, ONE)
@@ -323,6 +356,7 @@ PICTURES = {
         quality,
         tuning,
         coverage,
+        test_time,
         rl,
         ensemble,
         downstream,

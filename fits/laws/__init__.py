@@ -12,6 +12,7 @@ import runpy
 from pathlib import Path
 
 from fits.errors import FitError
+from fits.laws.attempts import CoverageN, SolveVerify
 from fits.laws.base import COLUMN_OF, EXPONENT_BOUNDS, Law, PowerSum, Question, Term
 from fits.laws.basic import Chinchilla, Kaplan, PowerC, PowerD, PowerN, Product, Tied
 from fits.laws.batch import StepsBatch
@@ -36,7 +37,7 @@ LAWS: dict[str, Law] = {
         DataConstrained(), DataConstrainedTied(), BrokenD(), BrokenC(), StepsBatch(), Precision(),
         PrecisionJoint(), PostTraining(), QatShare(), FineGrained(), Leverage(),
         Upcycling(), AverageParams(), Quality(),
-        TunedND(), TunedD(), Coverage(), UpdatesToData(),
+        TunedND(), TunedD(), Coverage(), CoverageN(), SolveVerify(), UpdatesToData(),
         Ensemble(), DownstreamExponential(), DownstreamSigmoid(), Energy(),
     )
 }  # fmt: skip
