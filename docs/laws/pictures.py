@@ -129,6 +129,31 @@ def moe():
 
 
 @styled
+def sparsity():
+    """Loss against sparsity at one budget for several sizes, and the best sparsity against size."""
+    figure, axes = panels(None, 2, (7.6, 3.2))
+    law, share = get_law("sparsity"), np.geomspace(0.002, 1, 200)
+    p, budget = law.PUBLISHED, 1e21
+    for size, colour in ((1e9, GREEN), (1e10, BLUE), (1e11, ORANGE)):
+        loss = law.predict(p, {"N": size, "D": budget / (6 * size * share), "X": share})
+        axes[0].plot(share, loss, color=colour, label=f"{short(size)} parameters")
+        best = fits.ask("sparsity", "sparsity", flops=budget, params=size)
+        axes[0].plot(best["active_share"], best["loss"], "o", color=colour)
+    axes[0].set(xscale="log", xlabel="share of experts at work", ylabel="loss", title="1e21 FLOPs")
+    axes[0].set_ylim(1.9, 2.7)
+    axes[0].xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    N = np.geomspace(1e8, 1e12, 30)
+    for budget, colour in ((1e20, GREEN), (1e21, BLUE), (1e22, ORANGE)):
+        got = [fits.ask("sparsity", "sparsity", flops=budget, params=n)["sparsity"] for n in N]
+        axes[1].plot(N, got, color=colour, label=f"{scientific(budget)} FLOPs")
+    axes[1].set(xscale="log", xlabel="parameters of all experts", ylabel="best sparsity")
+    label_log_axis(axes[1].xaxis, short)
+    for ax in axes:
+        ax.legend()
+    return figure
+
+
+@styled
 def growth():
     """Loss of up-cycled models by dense tokens against one from scratch; losses at equal average sizes."""
     figure, axes = panels(None, 2, (7.6, 3.2))
@@ -352,6 +377,7 @@ PICTURES = {
         serving,
         precision,
         moe,
+        sparsity,
         growth,
         quality,
         tuning,

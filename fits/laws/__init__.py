@@ -28,6 +28,7 @@ from fits.laws.precision import PostTraining, Precision, PrecisionJoint, QatShar
 from fits.laws.quality import Quality
 from fits.laws.repetition import DataConstrained, DataConstrainedTied
 from fits.laws.rl import UpdatesToData
+from fits.laws.sparsity import Sparsity
 from fits.laws.tuning import TunedD, TunedND
 
 LAWS: dict[str, Law] = {
@@ -35,7 +36,7 @@ LAWS: dict[str, Law] = {
     for law in (
         Chinchilla(), Tied(), Kaplan(), PowerN(), PowerD(), PowerC(), Product(), Overtraining(),
         DataConstrained(), DataConstrainedTied(), BrokenD(), BrokenC(), StepsBatch(), Precision(),
-        PrecisionJoint(), PostTraining(), QatShare(), FineGrained(), Leverage(),
+        PrecisionJoint(), PostTraining(), QatShare(), FineGrained(), Leverage(), Sparsity(),
         Upcycling(), AverageParams(), Quality(),
         TunedND(), TunedD(), Coverage(), CoverageN(), SolveVerify(), UpdatesToData(),
         Ensemble(), DownstreamExponential(), DownstreamSigmoid(), Energy(),
