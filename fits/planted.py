@@ -107,6 +107,10 @@ STUDIES: dict[str, tuple] = {
     "updates_to_data": (
         {"E": 2e5, "K": 3e5, "alpha": 0.6}, lambda: {"R": np.repeat(_over(0.25, 32, 8), 4)}, 0.02,
     ),
+    "dp_sgd": (
+        {"E": 1.0, "A": 50.0, "K": 30.0, "alpha": 0.6, "gamma": 0.5},
+        lambda: _grid(S=_over(250, 64000, 6), Q=_over(100, 1e5, 7)), NOISE,
+    ),
     "ensemble": (
         {"E": 3.2, "A": 900.0, "B": 0.25, "alpha": 0.4, "beta": 0.9},
         lambda: _grid(N=_over(1e8, 3e9, 5), M=(1, 2, 3, 5, 8)), 5e-4,

@@ -291,6 +291,38 @@ def rl():
 
 
 @styled
+def private():
+    """Loss against steps at three totals of noise, and against batch at constant noise or constant ratio."""
+    figure, axes = panels(None, 2, (7.6, 3.2))
+    law, p, examples = get_law("dp_sgd"), STUDIES["dp_sgd"][0], 1.28e6
+    arrays, steps = {k: np.array([v]) for k, v in p.items()}, np.geomspace(100, 1e5, 200)
+    for noise, colour in ((0.5, GREEN), (2.0, BLUE), (8.0, ORANGE)):
+        Q = examples / noise * np.sqrt(2 / steps)
+        axes[0].plot(
+            steps, law.predict(p, {"S": steps, "Q": Q}), color=colour, label=f"total noise {noise:g}"
+        )
+        given = {"noise": noise, "examples": examples, "batch": 4096.0}
+        best = law.questions["steps"].answer(law, arrays, given)
+        axes[0].plot(best["steps"], best["loss"], "o", color=colour)
+    axes[0].set(xscale="log", xlabel="steps", ylabel="loss", title="planted constants")
+    batch = np.geomspace(128, 65536, 100)
+    for sigma, colour, name in (
+        (2.5, GREY, "sigma 2.5"),
+        (2.5 * batch / 32768, BLUE, "B / sigma kept"),
+    ):
+        loss = law.predict(p, {"S": 4000.0, "Q": batch / sigma})
+        axes[1].plot(batch, loss + 0 * batch, color=colour, label=name)
+    axes[1].plot(
+        32768, law.predict(p, {"S": 4000.0, "Q": 32768 / 2.5}), "o", color=ORANGE, label="private run"
+    )
+    axes[1].set(xscale="log", xlabel="batch", ylabel="loss after 4,000 steps")
+    for ax in axes:
+        label_log_axis(ax.xaxis, short)
+        ax.legend()
+    return figure
+
+
+@styled
 def ensemble():
     """Loss against parameters in all, by members, with the asymptote."""
     figure, [ax] = panels(None, 1, ONE)
@@ -384,6 +416,7 @@ PICTURES = {
         coverage,
         test_time,
         rl,
+        private,
         ensemble,
         downstream,
         broken,

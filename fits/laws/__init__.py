@@ -25,6 +25,7 @@ from fits.laws.growth import AverageParams, Upcycling
 from fits.laws.moe import FineGrained, Leverage
 from fits.laws.overtraining import Overtraining
 from fits.laws.precision import PostTraining, Precision, PrecisionJoint, QatShare
+from fits.laws.private import DPSGD
 from fits.laws.quality import Quality
 from fits.laws.repetition import DataConstrained, DataConstrainedTied
 from fits.laws.rl import UpdatesToData
@@ -38,7 +39,7 @@ LAWS: dict[str, Law] = {
         DataConstrained(), DataConstrainedTied(), BrokenD(), BrokenC(), StepsBatch(), Precision(),
         PrecisionJoint(), PostTraining(), QatShare(), FineGrained(), Leverage(), Sparsity(),
         Upcycling(), AverageParams(), Quality(),
-        TunedND(), TunedD(), Coverage(), CoverageN(), SolveVerify(), UpdatesToData(),
+        TunedND(), TunedD(), Coverage(), CoverageN(), SolveVerify(), UpdatesToData(), DPSGD(),
         Ensemble(), DownstreamExponential(), DownstreamSigmoid(), Energy(),
     )
 }  # fmt: skip

@@ -14,6 +14,7 @@ COLUMN_OF = {
     "P": "weight_bits", "Pa": "activation_bits", "Pc": "cache_bits", "T": "tokens_per_param_byte",
     "G": "granularity", "X": "active_share", "Na": "average_params", "D1": "dense_tokens", "K": "samples",
     "M": "members", "V": "eval_loss", "R": "updates_per_datum", "I": "input_tokens", "O": "output_tokens",
+    "Q": "batch_per_sigma",
 }  # fmt: skip
 EXPONENT_BOUNDS = (1e-3, 10.0)  # beyond either end a power of N or D is a constant or a step
 
