@@ -51,15 +51,15 @@ def _best_size(law, params, given, intensity):
     wide = {k: v[:, None] for k, v in params.items()}
     lanes = np.arange(len(params["U"]))
     grid = np.broadcast_to(np.linspace(low, high, 161), (len(lanes), 161))
+    step = (high - low) / 160
     for _ in range(4):
         attempt, shared = _costs(np.exp(grid), given, intensity)
         k = (given["flops"] - shared) / attempt
         left = law.predict(wide, {"N": np.exp(grid), "K": np.maximum(k, 1.0)})
         best = grid[lanes, np.argmin(np.where(k >= 1, left, np.inf), 1)]
-        step = (grid[:, 1] - grid[:, 0]) / 40
-        found, grid = best, best[:, None] + step[:, None] * np.arange(-80, 81)
-        grid = np.clip(grid, low, high)
-    return np.where((k >= 1).any(1), found, np.nan)
+        step = step / 40
+        grid = np.clip(best[:, None] + step * np.arange(-80, 81), low, high)
+    return np.where((k >= 1).any(1), best, np.nan)
 
 
 def _allocate(law, params, given):

@@ -24,10 +24,11 @@ def _best_share(law, params, given):
     wide, lanes = {k: v[:, None] for k, v in params.items()}, np.arange(len(params["E"]))
     low, size = math.log(given["least_share"]), given["params"]
     grid = np.broadcast_to(np.linspace(low, 0, 81), (len(lanes), 81))
+    step = -low / 80
     for _ in range(5):
         X = np.exp(grid)
         loss = law.predict(wide, {"N": size, "D": given["flops"] / (6 * _active(size, X, given)), "X": X})
-        best, step = grid[lanes, np.argmin(loss, 1)], (grid[:, 1] - grid[:, 0])[:, None] / 20
+        best, step = grid[lanes, np.argmin(loss, 1)], step / 20
         grid = np.clip(best[:, None] + step * np.arange(-40, 41), low, 0)
     return best
 

@@ -46,6 +46,8 @@ def test_the_best_size_against_a_scalar_search():
                            options={"xatol": 1e-9})  # fmt: skip
     # failures are flat at their minimum: a search on their values keeps half of the 16 digits, with a margin
     assert np.log(got["params"]) == pytest.approx(best.x, abs=1e-5)
+    near = allocated(flops=1e16, tokens=1000.0, smallest=0.99 * np.exp(best.x))
+    assert np.log(near["params"]) == pytest.approx(best.x, abs=1e-5)
     assert got["coverage"] == pytest.approx(1 - best.fun, rel=1e-12)
     one, shared = attempt_cost(
         got["params"], 512.0, 1000.0, 5.9e4 * (got["params"] / 1e9) ** 0.12, 4.0, 562.5

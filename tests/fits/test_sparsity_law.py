@@ -35,6 +35,9 @@ def test_best_share_is_where_the_slope_is_zero(size, budget):
     got = fits.ask("sparsity", "sparsity", flops=budget, params=size)
     # the loss is flat at its minimum: a search on its values keeps about half of the 16 digits
     assert got["active_share"] == pytest.approx(want, rel=2e-6)
+    # an optimum just inside the range is found as well as one in its middle
+    near = fits.ask("sparsity", "sparsity", flops=budget, params=size, least_share=0.99 * want)
+    assert near["active_share"] == pytest.approx(want, rel=2e-6)
     assert got["active_params"] * got["tokens"] * 6 == pytest.approx(budget, rel=1e-12)
     assert got["loss"] < got["loss_all_active"]
 
