@@ -278,6 +278,7 @@ print("sharded rules agree")
 """
 
 
+@pytest.mark.slow
 def test_sharded_rows_and_heads():
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     root = Path(__file__).parents[2]

@@ -90,7 +90,7 @@ def test_a_killed_run_ends_as_a_whole_one(family, corpus, tmp_path):
 
     whole, broken = CellFolder(tmp_path, "whole"), CellFolder(tmp_path, "broken")
     train(own, whole)
-    for last in (3, 9, 13):
+    for last in (3, 11):
         with pytest.raises(Killed):
             train(own, broken, Execution(checkpoint_steps=4), kill_after(last))
     assert train(own, broken, Execution(checkpoint_steps=4))["status"] == "finished"

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from all_but import slow_but
 from flax import nnx
 
 from scaling.config import ConfigError, validate_section
@@ -321,7 +322,7 @@ def test_the_backward_scan_of_slstm_is_the_slope_of_its_recurrence():
     assert slope == pytest.approx(want, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(("griffin", "mamba2", "gated_deltanet", "xlstm", "moe"), CASES))
 def test_causal_documents_apart_and_the_same_however_it_runs(name):
     cfg = model(**CASES[name])
     rng = np.random.default_rng(0)
@@ -455,6 +456,7 @@ def test_decay_and_gates_start_where_the_papers_say():
     assert (np.asarray(mlstm["i_bias"]) == -10).all()
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32():
     """Every family computes in bfloat16 what it computes in float32, to bfloat16's own error."""
     tokens = np.random.default_rng(0).integers(0, 61, (B, T))
