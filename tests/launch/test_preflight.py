@@ -327,7 +327,7 @@ def test_every_family_compiles_for_v5e_with_its_kernels(corpus, family, mesh):
     assert kernels <= set(found["kernels"])
     # tokens go to their experts and come back, in every layer and its backward pass
     moved = sum(c["times"] for c in found["collectives"] if c["kind"] == "all-to-all")
-    assert moved == 4 * model["layers"] * (mesh.expert > 1)
+    assert mesh.expert == 1 or moved == 4 * model["layers"]
     flops = program.flops / mesh.devices
     # the ledger's exact count, against chunks and squares as the kernels compute them
     assert 0.7 * flops < found["flops"] < 2.0 * flops
