@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from scipy import stats
 
 from fits.allocate import optimum
 from fits.errors import FitError
@@ -116,6 +115,8 @@ class Knowledge:
     @property
     def half_width(self) -> float:
         """95 %, by Student's t with the fit's degrees of freedom."""
+        from scipy import stats  # loaded when needed: `import fits` is light
+
         variance = float(self.gradient @ self.covariance @ self.gradient)
         return float(stats.t.ppf(0.975, self.freedom)) * math.sqrt(max(variance, 0.0))
 
