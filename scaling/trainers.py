@@ -13,9 +13,9 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from scaling.config import REQUIRED, SCHEMA, ConfigError, Field, check_field, check_keys
 from scaling.flops import CONVENTIONS, ledger
 from scaling.formats import bits
+from scaling.schema import REQUIRED, SCHEMA, ConfigError, Field, check_field, check_keys
 
 TRAIN = {key: SCHEMA["train"][key] for key in ("batch", "steps", "seed")}
 

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from scaling.config import SCHEMA, ConfigError, Field, canonical_json, cell_id, validate_cell
+from scaling.config import SCHEMA, ConfigError, canonical_json, cell_id, validate_cell
+from scaling.schema import Field
 
 
 def cell(**changes):

@@ -15,7 +15,7 @@ from launch.export import choose_cell, trained_params
 from scaling import data
 from scaling.checkpoint import Checkpoints
 from scaling.claims import FolderStore, Observer, take
-from scaling.config import SCHEMA, ConfigError, Field, cell_id, validate_cell, validate_section
+from scaling.config import SCHEMA, ConfigError, cell_id, validate_cell, validate_section
 from scaling.data import heldout_batches
 from scaling.export import byte_tokenizer, export_model, hf_config
 from scaling.files import CellFolder, StudyError, read_json, write_json
@@ -24,6 +24,7 @@ from scaling.lane import eval_batch
 from scaling.models.lm import abstract_params, build
 from scaling.optim import hyper_parameters
 from scaling.program import Static, first_state
+from scaling.schema import Field
 from scaling.train import train
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
