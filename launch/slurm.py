@@ -98,7 +98,9 @@ def read_settings(path: Path | None) -> Settings:
     kinds = {f.name: f.type.removesuffix(" | None") for f in dataclasses.fields(Settings)}
     for key, value in found.items():
         if key not in kinds:
-            raise StudyError(f"{path} has {key!r}; it may have {', '.join(kinds)} (others in sbatch = {...})")
+            raise StudyError(
+                f"{path} has {key!r}; it may have {', '.join(kinds)} (others in sbatch = {{...}})"
+            )
         kind, words = KINDS[kinds[key]]
         right = isinstance(value, kind) and not isinstance(value, bool)
         if isinstance(value, list):

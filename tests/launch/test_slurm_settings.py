@@ -26,7 +26,7 @@ from scaling.study import validate_study
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("partitoin = 'a'", "partitoin.*it may have partition"),
+        ("partitoin = 'a'", r"partitoin.*it may have partition.*\(others in sbatch = \{\.\.\.\}\)"),
         ("time = 0", "time is 0.*above 0"),
         ("nodes = 'two'", "nodes is 'two'.*an integer"),
         ("nodes = true", "nodes is True"),
