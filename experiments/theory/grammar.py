@@ -8,35 +8,19 @@ token, fitted E 0.978, 95 % interval 0.677 to 1.280, from losses of 1.29 to 2.09
 and is wide: models this small are far from the floor.
 """
 
-from ml_collections import ConfigDict
+from experiments.random_walk import get_config as random_walk
 
 
 def get_config():
-    return ConfigDict(
-        dict(
-            name="grammar",
-            grid=dict(
-                kind="product",
-                params=[1.38e3, 2.5e3, 4.0e3, 6.2e3, 8.5e3, 14.6e3],
-                tokens=[1.5e5, 3.5e5, 8e5],
-                tolerance=0.02,
-            ),
-            model=dict(head_dim=4, tied=False, qk_norm=True),
-            data=dict(source="grammar", vocab=32, depth=2, branching=2, rules=4, tokens=2_000_000, seq=32),
-            recipe=dict(
-                params=5e3,
-                tokens=3e5,
-                lr=3e-2,
-                tau=3.0,
-                batch_tokens=1024,
-                batch_tokens_exponent=0.0,
-                beta2=0.99,
-                width_per_layer=64.0,
-                width_multiple=4,
-                ffn_multiple=8,
-            ),
-            optim=dict(grad_clip=1.0),
-            schedule=dict(name="wsd", decay_fraction=0.3),
-            eval=dict(sequences=2048),
-        )
+    config = random_walk()
+    config.name = "grammar"
+    config.grid = dict(
+        kind="product",
+        params=[1.38e3, 2.5e3, 4.0e3, 6.2e3, 8.5e3, 14.6e3],
+        tokens=[1.5e5, 3.5e5, 8e5],
+        tolerance=0.02,
     )
+    config.data = dict(source="grammar", vocab=32, depth=2, branching=2, rules=4, tokens=2_000_000, seq=32)
+    config.recipe.update(params=5e3, tokens=3e5, lr=3e-2)
+    config.eval.sequences = 2048
+    return config
