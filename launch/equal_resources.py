@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from launch.planning import data_facts
-from scaling.config import ConfigError, validate_section
-from scaling.data import open_data
+from launch.planning import facts_of
+from scaling.config import ConfigError
 from scaling.grid import plan
 from scaling.records import collect, read_manifest
 from scaling.study import validate_grid
@@ -81,7 +80,7 @@ def grids(config: Mapping, studies: Mapping[str, dict], facts: Mapping | None = 
       ConfigError: no cell of the grid, or not the tuning cell, can be matched.
     """
     reference = studies[config["reference"]]
-    facts = facts or open_facts(reference)
+    facts = facts or facts_of(reference)
     own_grid = {**reference["grid"], "sentinels": None}
     if "max_epochs" not in config["study"]["grid"]:
         own_grid["max_epochs"] = ANY_EPOCHS
@@ -110,12 +109,6 @@ def grids(config: Mapping, studies: Mapping[str, dict], facts: Mapping | None = 
 def tolerance(config: Mapping) -> float:
     """How far a family's N may lie from the reference's, relative."""
     return config.get("params_tolerance", 0.02)
-
-
-def open_facts(study: Mapping) -> dict:
-    """What a plan needs to know of a study's data."""
-    dataset = open_data(validate_section("data", study["data"]))
-    return data_facts(dataset, study["data"].get("seq", 128))
 
 
 def match(config: Mapping, studies: Mapping[str, dict], grid: Mapping, facts: Mapping):

@@ -17,8 +17,13 @@ def manifest_of(settings: Mapping) -> dict:
     """
     if "trainer" in settings:
         return plan(settings, {})
+    return plan(settings, facts_of(settings))
+
+
+def facts_of(settings: Mapping) -> dict:
+    """What a plan needs to know of a study's data, which is opened; raises as ``manifest_of``."""
     dataset = open_data(validate_section("data", settings["data"]))
-    return plan(settings, data_facts(dataset, settings["data"].get("seq", 128)))
+    return data_facts(dataset, settings["data"].get("seq", 128))
 
 
 def data_facts(dataset, seq: int) -> dict:

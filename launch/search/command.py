@@ -26,17 +26,14 @@ def search(config, study, overrides, dry_run, workers, cores_per_worker, as_json
     that narrow a law. Run it again after any interruption: it makes the same decisions and trains nothing
     twice; with a larger budget, or a longer list of tokens to deepen to, it goes on.
     """
-    from launch.planning import data_facts
+    from launch.planning import facts_of
     from launch.search.session import Session, loss_on_disk, run_search
     from launch.search.settings import load_search
-    from scaling.config import validate_section
-    from scaling.data import open_data
     from scaling.grid import check_data
 
     settings = load_search(config, list(overrides))
     study = study or Path("studies") / settings["name"]
-    dataset = open_data(validate_section("data", settings["data"]))
-    data = data_facts(dataset, settings["data"].get("seq", 128))
+    data = facts_of(settings)
     check_data(settings, data)
     algorithm, memo = algorithm_of(settings["search"]["kind"]), {}
     if dry_run:

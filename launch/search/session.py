@@ -10,7 +10,7 @@ from scaling.attempts import is_cancelled
 from scaling.branches import spent_flops
 from scaling.config import ConfigError
 from scaling.files import CellFolder, write_json
-from scaling.grid import MANIFEST_SCHEMA, Target, absolute_path, resolve, write_manifest
+from scaling.grid import MANIFEST_SCHEMA, Target, absolute_path, epochs_of, resolve, write_manifest
 from scaling.recipe import recipe_from_config
 from scaling.records import read_manifest, read_result
 
@@ -96,7 +96,7 @@ class Session:
             point.get("params", self.search["params"]), tokens, overrides=tuple(sorted(fields.items()))
         )
         cell = resolve(self.settings, self.recipe, target, self.data, list(span))
-        epochs, most = tokens / self.data["unique_tokens"], self.settings["grid"]["max_epochs"]
+        epochs, most = epochs_of(cell, tokens, self.data), self.settings["grid"]["max_epochs"]
         if epochs > most:
             raise ConfigError(
                 f"search.tokens of {tokens:g} is {epochs:.3g} epochs, more than grid.max_epochs = {most:g}"
