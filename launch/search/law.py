@@ -9,7 +9,6 @@ measures (``fits.adaptive.is_narrow``), or where the budget holds no further cel
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
@@ -74,15 +73,13 @@ class Pool:
             out += [self.cells[i]] if chain is None else chain.add(self.cells[i]["config"])
         return out
 
-    @functools.cached_property
+    @property
     def whole(self) -> float:
-        """FLOPs of the whole pool."""
-        fresh = Pool.__new__(Pool)
-        fresh.__dict__ |= self.__dict__ | {
-            "chains": {g: Chain(entry, c.target) for g, c in self.chains.items()}
-        }
-        order = sorted(range(len(self.cells)), key=lambda i: -self.forks[i])
-        return float(sum(fresh.prices([i], order[:k])[0] for k, i in enumerate(order)))
+        """FLOPs of the whole pool: every cooldown, and of each trunk its longest fork."""
+        trunks: dict[str, float] = {}
+        for group, flops in zip(self.groups, self.forks * self.a_step, strict=True):
+            trunks[group] = max(trunks.get(group, 0.0), flops)
+        return float(self.cooldown.sum() + sum(trunks.values()))
 
 
 def start(pool: Pool) -> list[int]:
