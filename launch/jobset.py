@@ -22,9 +22,8 @@ from launch.pods import (
     as_yaml,
     check_hosts,
     chips_per_host,
-    describe,
     groups,
-    job_name,
+    job_files,
     refuse_bucket,
     short_name,
     worker,
@@ -97,11 +96,7 @@ def files(
         raise ConfigError(f"jobset.env has {taken[0]!r}, which the manifest sets itself; leave it out")
     jobs = groups(study, only, target, options, settings["cells_per_job"])
     written = {"README.md": readme(study, target, settings, jobs), "desk.yaml": desk(settings)}
-    for job in jobs:
-        name = job_name(study, job)
-        made = jobset(name, job, study, target, settings, options)
-        written[f"jobs/{name}.yaml"] = as_yaml(describe(job, target), made)
-    return written
+    return written | job_files(jobset, jobs, study, target, settings, options)
 
 
 def jobset(

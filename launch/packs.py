@@ -56,14 +56,18 @@ def form_pack(ready: Sequence[dict], size_of: Callable[[Mapping], int]) -> list[
     return [e for e in ready if program_key(e["config"]) == key][:most]
 
 
-def describe(entries: Sequence[dict], size_of: Callable[[Mapping], int]) -> str:
-    """One sentence on what is packed on this device."""
+def in_packs(entries: Sequence[dict], size_of: Callable[[Mapping], int]) -> list[list[dict]]:
+    """All entries in packs, each formed by ``form_pack`` of those that are left."""
     waiting, packs = list(entries), []
     while waiting:
-        pack = form_pack(waiting, size_of)
-        packs.append(pack)
-        waiting = [e for e in waiting if e not in pack]
-    together = [p for p in packs if len(p) > 1]
+        packs.append(form_pack(waiting, size_of))
+        waiting = [e for e in waiting if e not in packs[-1]]
+    return packs
+
+
+def describe(entries: Sequence[dict], size_of: Callable[[Mapping], int]) -> str:
+    """One sentence on what is packed on this device."""
+    together = [p for p in in_packs(entries, size_of) if len(p) > 1]
     if not together:
         return "packing: none on this device, one cell of this study keeps it busy"
     cells = sum(map(len, together))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -207,6 +207,23 @@ def check_hosts(target: Target) -> None:
     if target.generation in ("v4", "v5p") and target.chips == 1:
         least = f"{target.generation}-{4 * GENERATIONS[target.generation].cores}"
         raise ConfigError(f"target is {target.name!r}; its smallest machine is {least}, of four chips")
+
+
+def job_files(
+    make: Callable[..., dict],
+    jobs: Sequence[Sequence[dict]],
+    study: Path,
+    target: Target,
+    settings: Mapping,
+    options: Mapping,
+) -> dict[str, str]:
+    """``jobs/NAME.yaml`` of every job, made of (name, job, study, target, settings, options)."""
+    written = {}
+    for job in jobs:
+        name = job_name(study, job)
+        made = make(name, job, study, target, settings, options)
+        written[f"jobs/{name}.yaml"] = as_yaml(describe(job, target), made)
+    return written
 
 
 def describe(job: Sequence[dict], target: Target) -> list[str]:

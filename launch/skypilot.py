@@ -17,11 +17,9 @@ from pathlib import Path
 from launch.engine import PREEMPTED
 from launch.pods import (
     Setting,
-    as_yaml,
     check_hosts,
-    describe,
     groups,
-    job_name,
+    job_files,
     refuse_bucket,
     worker,
 )
@@ -101,11 +99,7 @@ def files(
     accelerator(target)
     jobs = groups(study, only, target, options, settings["cells_per_job"])
     written = {"README.md": readme(study, target, settings, jobs)}
-    for job in jobs:
-        name = job_name(study, job)
-        made = task(name, job, study, target, settings, options)
-        written[f"jobs/{name}.yaml"] = as_yaml(describe(job, target), made)
-    return written
+    return written | job_files(task, jobs, study, target, settings, options)
 
 
 def task(

@@ -292,10 +292,7 @@ def groups_of(
     together = [cells for cells in families.values() if len(cells) > 1]
     alone = [cells[0] for cells in families.values() if len(cells) == 1]
     alone.sort(key=spent_flops, reverse=True)
-    while alone:
-        pack = packs.form_pack(alone, size_of)
-        together.append(pack)
-        alone = [e for e in alone if e not in pack]
+    together += packs.in_packs(alone, size_of)
     together.sort(key=lambda cells: sum(map(spent_flops, cells)), reverse=True)
     return [Group(study, tuple(e["id"] for e in cells), tuple(options)) for cells in together]
 
