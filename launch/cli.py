@@ -115,51 +115,6 @@ def plan(config, study, overrides, grow, dry_run, no_estimate, as_json):
 
 
 @cli.command()
-@click.argument("config", type=click.Path(path_type=Path))
-@click.option("--law", default="chinchilla", show_default=True, help="Name of the law to plant.")
-@click.option(
-    "--param", "params", multiple=True, required=True, metavar="NAME=VALUE", help="Each of the law's."
-)
-@click.option("--study", type=click.Path(path_type=Path), help="Folder (default: studies/NAME-simulated).")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field.")
-@click.option(
-    "--seed-noise", type=float, default=0.003, show_default=True, help="Sd of log loss between seeds."
-)
-@click.option(
-    "--size-effect", type=float, default=0.0, show_default=True, help="Sd of log loss common to a size."
-)
-@click.option("--diverged", type=float, default=0.0, show_default=True, help="Share of cells.")
-@click.option("--failed", type=float, default=0.0, show_default=True, help="Share of cells.")
-@click.option(
-    "--stragglers", type=float, default=0.0, show_default=True, help="Share of cells: 8 times longer."
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all of these.")
-@json_option
-def simulate(config, law, params, study, overrides, as_json, **noise):
-    """Write a study folder whose losses are a law's plus noise: CONFIG's cells, planned but not trained.
-
-    fit, report, status and the rest read it as a real one; `scaling fit` says what was planted.
-    """
-    from launch import simulate as work
-    from launch.fitting import parse_pairs, to_number
-    from launch.planning import manifest_of
-    from scaling.grid import write_manifest
-    from scaling.study import load_study
-
-    given = {k: to_number("--param", k, v) for k, v in parse_pairs("--param", params).items()}
-    law, given = work.planted(law, given)
-    wrong = work.Noise(**noise)
-    settings = load_study(config, list(overrides))
-    study = study or Path("studies") / f"{settings['name']}-simulated"
-    manifest = work.simulate(manifest_of(settings), law, given, wrong)
-    write_manifest(study, manifest)
-    counts = work.write_cells(study, manifest, law, given, wrong)
-    said = ", ".join(f"{v} {k}" for k, v in counts.items()) or "nothing to do"
-    words = f"{said}; simulated in {study}; next: scaling fit {study} --law {law.name}"
-    emit(as_json, {"folder": str(study), "cells": counts}, lambda: console.print(words, soft_wrap=True))
-
-
-@cli.command()
 @click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder for the shards.")
 @click.option("--hub", metavar="NAME", help="Stream a data set of the Hugging Face Hub instead of files.")

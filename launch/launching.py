@@ -1,4 +1,4 @@
-"""The commands that run a study and look after it: run, launch, relaunch, status, cancel."""
+"""The commands that run a study and look after it, here or elsewhere, and the one that simulates it."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def launch(
     --on jobset (Kubernetes) and --on skypilot write a file for each job, with a README of how to apply them;
     they need --dry-run and --target.
     """
-    from launch import pods
-
     if on == "local" and (dry_run or settings):
         raise StudyError("--dry-run and --settings are for --on slurm, jobset and skypilot")
     if on in ("local", "slurm") and (target or out):
         raise StudyError("--target and --out are for --on jobset and --on skypilot")
     if on in ("jobset", "skypilot"):
+        from launch import pods
+
         pods.check(on, dry_run, target, workers)
     if config_or_study.is_dir():
         if overrides or study:
@@ -117,6 +117,51 @@ def cancel(study, as_json):
     write_whole(cancel_file(study), time.strftime("%Y-%m-%dT%H:%M:%SZ\n", time.gmtime()))
     said = f"workers of {study} will save and stop; to go on: scaling relaunch {study}"
     emit(as_json, {"outcome": "cancelled"}, lambda: console.print(said, soft_wrap=True))
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--law", default="chinchilla", show_default=True, help="Name of the law to plant.")
+@click.option(
+    "--param", "params", multiple=True, required=True, metavar="NAME=VALUE", help="Each of the law's."
+)
+@click.option("--study", type=click.Path(path_type=Path), help="Folder (default: studies/NAME-simulated).")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field.")
+@click.option(
+    "--seed-noise", type=float, default=0.003, show_default=True, help="Sd of log loss between seeds."
+)
+@click.option(
+    "--size-effect", type=float, default=0.0, show_default=True, help="Sd of log loss common to a size."
+)
+@click.option("--diverged", type=float, default=0.0, show_default=True, help="Share of cells.")
+@click.option("--failed", type=float, default=0.0, show_default=True, help="Share of cells.")
+@click.option(
+    "--stragglers", type=float, default=0.0, show_default=True, help="Share of cells: 8 times longer."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all of these.")
+@json_option
+def simulate(config, law, params, study, overrides, as_json, **noise):
+    """Write a study folder whose losses are a law's plus noise: CONFIG's cells, planned but not trained.
+
+    fit, report, status and the rest read it as a real one; `scaling fit` says what was planted.
+    """
+    from launch import simulate as work
+    from launch.fitting import parse_pairs, to_number
+    from launch.planning import manifest_of
+    from scaling.grid import write_manifest
+    from scaling.study import load_study
+
+    given = {k: to_number("--param", k, v) for k, v in parse_pairs("--param", params).items()}
+    law, given = work.planted(law, given)
+    wrong = work.Noise(**noise)
+    settings = load_study(config, list(overrides))
+    study = study or Path("studies") / f"{settings['name']}-simulated"
+    manifest = work.simulate(manifest_of(settings), law, given, wrong)
+    write_manifest(study, manifest)
+    counts = work.write_cells(study, manifest, law, given, wrong)
+    said = ", ".join(f"{v} {k}" for k, v in counts.items()) or "nothing to do"
+    words = f"{said}; simulated in {study}; next: scaling fit {study} --law {law.name}"
+    emit(as_json, {"folder": str(study), "cells": counts}, lambda: console.print(words, soft_wrap=True))
 
 
 def plan_there(config: Path, study: Path | None, overrides: list[str]) -> Path:
@@ -216,4 +261,4 @@ def say_nothing_to_do(study: Path, cells, as_json: bool) -> int:
     return 0
 
 
-COMMANDS = (run, launch, relaunch, status, cancel)
+COMMANDS = (run, launch, relaunch, status, cancel, simulate)
