@@ -331,15 +331,7 @@ class Lane:
             **({"open_experts": mean_of(lines, "open_experts")} if self.is_relu_routed else {}),
             "evals": evals,
             "data": self.dataset.fingerprint,
-            "device_kind": jax.devices()[0].device_kind,
-            "devices": devices,
-            "cpu_cores": cpu_cores(),
-            "versions": {
-                "scaling": __version__,
-                "jax": jax.__version__,
-                "numpy": np.__version__,
-                "python": platform.python_version(),
-            },
+            **where_it_ran(devices),
         }
         if hosts.is_main():
             write_json(self.folder.timing, self.timing(max(0, steps - self.job.fork)))
@@ -386,6 +378,21 @@ def eval_steps(cell: Mapping, fork: int = 0) -> set[int]:
 def mean_of(lines: list[dict], key: str) -> float | None:
     """The mean of a number over the logged lines; None where there is none."""
     return float(np.mean([line[key] for line in lines])) if lines else None
+
+
+def where_it_ran(devices: int) -> dict:
+    """What a result keeps of the machine: the kind and number of devices, CPU cores, versions."""
+    return {
+        "device_kind": jax.devices()[0].device_kind,
+        "devices": devices,
+        "cpu_cores": cpu_cores(),
+        "versions": {
+            "scaling": __version__,
+            "jax": jax.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+    }
 
 
 def cpu_cores() -> int | None:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-import platform
 import time
 from collections.abc import Callable
 
-import jax
-import numpy as np
-
-from scaling import __version__, trainers
+from scaling import trainers
 from scaling.config import cell_id, validate_cell
 from scaling.files import write_json, write_whole
-from scaling.lane import Job, cpu_cores, to_line
+from scaling.lane import Job, to_line, where_it_ran
 from scaling.records import read_result
 from scaling.train import Preempted, check_folder
 
@@ -61,15 +57,7 @@ def run_trainer(job: Job, on_step: Callable[[dict[str, int]], bool] | None = Non
         "epochs": 1.0,
         "flops": account.train_flops(tokens),
         "evals": evals if bad is None else [],
-        "device_kind": jax.devices()[0].device_kind,
-        "devices": 1,
-        "cpu_cores": cpu_cores(),
-        "versions": {
-            "scaling": __version__,
-            "jax": jax.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
+        **where_it_ran(1),
     }
     speed = tokens / seconds
     timing = {
