@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fits.bisection import bisect
 from fits.budget import positive
 from fits.constraints import Limits, size_for, tokens_within
 from fits.errors import FitError
@@ -34,11 +35,12 @@ def cost_to_reach(law, params, target, log_n, cost: Flops, limits: Limits):
         D = np.broadcast_to(limits.tokens_per_param * N, shape)
         reached = law.predict(params, {"N": N, "D": D}) <= target + SAME_LOSS * np.abs(target)
     else:
-        low, high = np.zeros(shape), np.full(shape, MOST)
-        for _ in range(HALVINGS):
-            middle = 0.5 * (low + high)
-            short = law.predict(params, {"N": N, "D": np.exp(middle)}) > target
-            low, high = np.where(short, middle, low), np.where(short, high, middle)
+        _, high = bisect(
+            lambda log_d: law.predict(params, {"N": N, "D": np.exp(log_d)}) > target,
+            np.zeros(shape),
+            np.full(shape, MOST),
+            HALVINGS,
+        )
         D, reached = np.exp(high), high < MOST - 1
     good = reached & limits.allows(N, D)
     return np.where(good, np.asarray(cost(N, D)), np.inf), np.where(good, D, np.nan)
@@ -75,10 +77,7 @@ def least_budget(
     low, high = np.full(target.shape, bottom), np.full(target.shape, top)
     never = ~enough(high)
     low = np.where(enough(low), low - 1e-9, low)
-    for _ in range(HALVINGS):
-        middle = 0.5 * (low + high)
-        good = enough(middle)
-        low, high = np.where(good, low, middle), np.where(good, middle, high)
+    _, high = bisect(lambda log_n: ~enough(log_n), low, high, HALVINGS)
     edge = np.clip(high, bottom, top)
 
     def priced(log_n):

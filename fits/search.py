@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from fits.bisection import bisect
 from fits.laws import Law
 
 Flops = Callable[[np.ndarray, np.ndarray], np.ndarray]
-BISECTIONS = 100  # halves a range of 100 in log D to below float64's spacing
+WIDEST = 100.0  # of log N and log D
 REACH = 70.0  # log range searched: from the largest N, below 1e28, down to less than one parameter
 
 
@@ -22,11 +23,11 @@ def six_nd(N, D):
 
 def tokens_for(flops: Flops, N: np.ndarray, budget) -> np.ndarray:
     """The D at which training N costs ``budget``; NaN where even one token costs more."""
-    low, high = np.zeros(np.shape(N)), np.full(np.shape(N), 100.0)
-    for _ in range(BISECTIONS):
-        middle = 0.5 * (low + high)
-        over = np.asarray(flops(N, np.exp(middle))) > budget
-        low, high = np.where(over, low, middle), np.where(over, middle, high)
+    low, high = bisect(
+        lambda log_d: ~(np.asarray(flops(N, np.exp(log_d))) > budget),
+        np.zeros(np.shape(N)),
+        np.full(np.shape(N), WIDEST),
+    )
     D = np.exp(0.5 * (low + high))
     return np.where(np.asarray(flops(N, np.ones(np.shape(N)))) <= budget, D, np.nan)
 
@@ -65,12 +66,12 @@ def optimum(
 
 def _largest_size(flops: Flops, budget: float) -> float:
     """The N that one token could train."""
-    low, high = 0.0, 100.0
-    for _ in range(BISECTIONS):
-        middle = 0.5 * (low + high)
-        over = float(np.asarray(flops(np.array([math.exp(middle)]), np.array([1.0])))[0]) > budget
-        low, high = (low, middle) if over else (middle, high)
-    return math.exp(low)
+    low, _ = bisect(
+        lambda log_n: ~(np.asarray(flops(np.exp(log_n), np.ones(1))) > budget),
+        np.zeros(1),
+        np.full(1, WIDEST),
+    )
+    return float(np.exp(low[0]))
 
 
 def _loss_at(law: Law, params, log_n_BxG, flops: Flops, budget) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from fits.bisection import bisect
 from fits.errors import FitError
 from fits.laws.base import Law, Question
 
@@ -35,11 +36,11 @@ def _samples(law, params, given):
     wanted = given["coverage"]
     if wanted >= 1:
         raise FitError(f"coverage is {wanted:g}; it must be below 1")
-    low, high = np.zeros(len(params["U"])), np.full(1, math.log(MOST_SAMPLES))
-    for _ in range(80):
-        middle = 0.5 * (low + high)
-        short = law.predict(params, {"K": np.exp(middle)}) > 1 - wanted
-        low, high = np.where(short, middle, low), np.where(short, high, middle)
+    _, high = bisect(
+        lambda log_k: law.predict(params, {"K": np.exp(log_k)}) > 1 - wanted,
+        np.zeros(len(params["U"])),
+        np.full(1, math.log(MOST_SAMPLES)),
+    )
     samples = np.where(high > math.log(MOST_SAMPLES) - 1e-6, np.inf, np.exp(high))
     cost = samples * 2 * given["params"] * given["tokens"]
     return {"samples": samples, "flops": cost, "limit": 1.0 - params["U"]}

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from fits.bisection import bisect
 from fits.laws.base import Centred, Law, Question
 
 
@@ -17,11 +18,11 @@ def _error(law, params, given):
 
 def _loss_for(law, params, given):
     """The loss at which the law gives an error, by bisection: every such law rises with the loss."""
-    low, high = np.zeros(len(next(iter(params.values())))), np.full(1, 30.0)
-    for _ in range(80):
-        middle = 0.5 * (low + high)
-        over = law.predict(params, {"V": middle}) > given["error"]
-        low, high = np.where(over, low, middle), np.where(over, middle, high)
+    low, high = bisect(
+        lambda loss: ~(law.predict(params, {"V": loss}) > given["error"]),
+        np.zeros(len(next(iter(params.values())))),
+        np.full(1, 30.0),
+    )
     found = 0.5 * (low + high)
     inside = (found > 1e-9) & (found < 30.0 - 1e-9)
     return {"eval_loss": np.where(inside, found, np.nan)}

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from fits.bisection import bisect
 from fits.errors import FitError
 from fits.laws.base import EXPONENT_BOUNDS, Centred, Law, Question, balance, linear_starts
 
@@ -31,12 +32,12 @@ def _size(law, params, given):
 
 def _bits(law, params, given):
     """N' D goes as f(P) / P, whatever the budget: the best P has sum u / (e^u - 1) = 1, u = P / gamma."""
-    low, high = np.full(len(params["E"]), -10.0), np.full(1, 10.0)
-    for _ in range(100):
-        middle = 0.5 * (low + high)
-        u = [np.exp(middle) / params[g] for g in law.bits.values()]
-        more = sum(v / np.expm1(v) for v in u) > 1
-        low, high = np.where(more, middle, low), np.where(more, high, middle)
+
+    def more(log_p):
+        u = [np.exp(log_p) / params[g] for g in law.bits.values()]
+        return sum(v / np.expm1(v) for v in u) > 1
+
+    low, high = bisect(more, np.full(len(params["E"]), -10.0), np.full(1, 10.0))
     best = np.exp(0.5 * (low + high))
     got = _size(law, params, {**given, "weight_bits": best})
     full = _size(law, params, {**given, "weight_bits": FULL_BITS})

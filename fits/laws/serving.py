@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
+from fits.bisection import bisect
 from fits.laws.base import Question
 
 
 def compute_optimal_tokens(law, params, size):
     """The D for which ``size`` is the optimal N under C = 6ND, by bisection in log C; arrays [B]."""
-    low, high = np.zeros(len(next(iter(params.values())))), np.full(1, 100.0)
-    for _ in range(100):
-        middle = 0.5 * (low + high)
-        small = law.optimum(params, np.exp(middle))["N"] < size
-        low, high = np.where(small, middle, low), np.where(small, high, middle)
+    low, high = bisect(
+        lambda log_c: law.optimum(params, np.exp(log_c))["N"] < size,
+        np.zeros(len(next(iter(params.values())))),
+        np.full(1, 100.0),
+    )
     return np.exp(0.5 * (low + high)) / 6.0 / size
 
 
