@@ -36,15 +36,17 @@ def test_the_rule():
 
 
 def test_the_target_is_reached_and_every_step_goes_by_the_rule(corpus, tmp_path):
-    cell, folder = cell_of(corpus, 160), CellFolder(tmp_path, "c")
+    cell, folder = cell_of(corpus, 320), CellFolder(tmp_path, "c")
     cell["model"]["router_l1_factor"] = 1.05  # of so short a run: by 1.2 it goes far beyond and back
+    cell["optim"]["lr"] = 1e-3  # at ten times that rate weights outrun the coefficient, by luck of rounding
     result = train(cell, folder)
     rows = [r for r in read_jsonl(folder.metrics) if "loss" in r]
-    assert len(rows) == 160  # every step has a line
+    assert len(rows) == 320  # every step has a line
     l1, seen = (np.array([r[k] for r in rows]) for k in ("router_l1", "open_experts"))
     assert l1[0] == np.float32(1e-3)
     np.testing.assert_allclose(l1[1:], np.maximum(l1[:-1] * 1.05 ** np.sign(seen[:-1] - 1), 1e-3), rtol=1e-6)
-    # half of the gates are open at first, then more; at last one of a token's four, up and down around it
+    # half of the gates are open at first, then more; at last one of a token's four, up and down around it:
+    # the mean of the last 60 steps was 0.99 to 1.02 with four seeds
     assert seen[:3].mean() > 1.5 and abs(seen[-60:].mean() - 1) < 0.25, seen
     assert result["open_experts"] == pytest.approx(seen.mean(), rel=1e-12)
 
