@@ -31,7 +31,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # beside this file lies another fits.py
+sys.path[0] = str(ROOT)  # this checkout, whatever is installed
 
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402

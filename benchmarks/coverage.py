@@ -15,25 +15,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# beside this script lies fits.py, which would be found in place of the package
-sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
-import numpy as np  # noqa: E402
-from scipy import stats  # noqa: E402
+import numpy as np
+from scipy import stats
 
-from fits import fit_table, uncertainty  # noqa: E402
-from fits.allocate import optimum  # noqa: E402
-from fits.compare import compare  # noqa: E402
-from fits.few_clusters import FewClusters  # noqa: E402
-from fits.laws import get_law  # noqa: E402
-from fits.laws.base import balance  # noqa: E402
-from fits.rowloss import RowLoss  # noqa: E402
-from fits.solve import solve  # noqa: E402
+from fits import fit_table, uncertainty
+from fits.allocate import optimum
+from fits.compare import compare
+from fits.few_clusters import FewClusters
+from fits.laws import get_law
+from fits.laws.base import balance
+from fits.rowloss import RowLoss
+from fits.solve import solve
 
 LAW = get_law("chinchilla")
 TRUTH = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # beside this file lies another fits.py
+sys.path[0] = str(ROOT)  # this checkout, whatever is installed
 
 import fits  # noqa: E402
 from experiments.quickstart import get_config  # noqa: E402

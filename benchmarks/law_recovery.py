@@ -12,15 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# beside this script lies fits.py, which would be found in place of the package
-sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
-from fits.planted import STUDIES, recover  # noqa: E402
+from fits.planted import STUDIES, recover
 
 PREFACE = """# Recovery of planted laws
 
