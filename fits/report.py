@@ -79,7 +79,7 @@ def write_report(
     answers = [_plain(a) for a in _several(allocation)]
     compared = None if approaches is None else _plain(approaches)
     manifest, table, curves = _read_study(study)
-    out = Path(out)
+    own_name, out = (manifest or {}).get("study"), Path(out)
     if plots_dir is None:
         plots_dir = Path(study) / "plots" if study is not None else out.parent / f"{out.stem}.plots"
     points, hidden = words.isoflop_points(compared)
@@ -87,7 +87,7 @@ def write_report(
     further = _further(fit, table, answers, ask, laws, flops)
     if against is not None:
         other = against if isinstance(against, Fit) else read_fit(against)
-        names = ((manifest or {}).get("study") or "this study", against_name)
+        names = (own_name or "this study", against_name)
         budgets = [a["budget"] for a in answers]
         further["comparison"] = questions.ask_comparison(
             fit, other, budgets, names=names, flops=flops, other_flops=against_flops
@@ -95,36 +95,55 @@ def write_report(
     figures = _figures(fit, compared, points, answers, frontier, table, curves)
     figures |= _further_figures(fit, further, frontier)
     context = _context(fit, compared, points, answers, manifest, table, commands)
-    context |= _further_words(further)
+    context |= _further_words(further) | _explorer(fit, flops, answers) | _shown(figures)
     if study is not None:
         said, warnings = study_words.bracket_sentences(study)
         context["warnings"] += warnings
         context["checklist"] += said
     context["warnings"] += questions.selection_warnings(further["selection"][0])
-    context["title"] = title or (manifest or {}).get("study") or fit.data.get("source") or "Scaling-law fit"
-    context["figures"] = {
-        name: Markup(plots.svg(figure, name, CAPTIONS[name])) for name, figure in figures.items()
+    context |= {
+        "title": title or own_name or fit.data.get("source") or "Scaling-law fit",
+        "hidden_budgets": hidden,
+        "own_count": flops is not None,
+        "frontier_compute": "C = 6 N D"
+        if flops is None
+        else getattr(flops, "label", "the study's own FLOP function"),
     }
-    context["captions"] = {name: CAPTIONS[name] for name in figures}
-    own_count = getattr(flops, "label", "the study's own FLOP function")
-    context["hidden_budgets"] = hidden
-    context["own_count"] = flops is not None
-    context["frontier_compute"] = "C = 6 N D" if flops is None else own_count
-    explorer, context["explorer_absent"] = explorer_data(fit, flops, answers[0] if answers else None)
-    context["explorer"] = explorer
-    if explorer is not None:
-        script = "".join(_template(name) for name in ("explorer.js", "explorer_page.js"))
-        context["explorer_data"], context["explorer_script"] = Markup(embedded(explorer)), Markup(script)
-        context["explorer_fields"], context["explorer_inside"] = fields(explorer), inside(explorer)
     page = _environment().get_template("report.html").render(context)
+    _write_figures(figures, Path(plots_dir))
+    write_whole(out, page.encode())
+    return out
+
+
+def _shown(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures as the page holds them, with their captions."""
+    shown = {name: Markup(plots.svg(figure, name, CAPTIONS[name])) for name, figure in figures.items()}
+    return {"figures": shown, "captions": {name: CAPTIONS[name] for name in figures}}
+
+
+def _explorer(fit, flops, answers) -> dict[str, Any]:
+    """What the page's own calculator needs, or why it has none."""
+    explorer, absent = explorer_data(fit, flops, answers[0] if answers else None)
+    if explorer is None:
+        return {"explorer": None, "explorer_absent": absent}
+    script = "".join(_template(name) for name in ("explorer.js", "explorer_page.js"))
+    return {
+        "explorer": explorer,
+        "explorer_absent": absent,
+        "explorer_data": Markup(embedded(explorer)),
+        "explorer_script": Markup(script),
+        "explorer_fields": fields(explorer),
+        "explorer_inside": inside(explorer),
+    }
+
+
+def _write_figures(figures: Mapping[str, Any], folder: Path) -> None:
     for name in CAPTIONS:
-        path = Path(plots_dir) / f"{name}.png"
+        path = folder / f"{name}.png"
         if name in figures:
             write_whole(path, plots.png(figures[name]))
         else:
             _remove(path)  # a picture of an earlier fit would be taken for one of this
-    write_whole(out, page.encode())
-    return out
 
 
 def _further(fit, table, answers, ask, laws, flops) -> dict[str, tuple[Any, str]]:
