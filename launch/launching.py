@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from launch.output import console, emit, json_option
 from scaling.files import StudyError, write_whole
 
 study_argument = click.argument("study", type=click.Path(path_type=Path))
+ON = click.Choice(["local", "slurm", "jobset", "skypilot"])
 
 
 @click.command()
@@ -37,52 +39,49 @@ def run(study, cells, workers, cores_per_worker, as_json, **options):
 
 @click.command()
 @click.argument("config_or_study", type=click.Path(path_type=Path))
-@click.option("--on", type=click.Choice(["local", "slurm", "jobset", "skypilot"]), default="local",
-              show_default=True, help="Where.")  # fmt: skip
+@click.option("--on", type=ON, default="local", show_default=True, help="Where.")
 @click.option("--study", type=click.Path(path_type=Path), help="Study folder (default: studies/NAME).")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of a config.")
 @with_options(ENGINE_OPTIONS + WORKER_OPTIONS + RUN_OPTIONS + DEVICE_OPTIONS)
 @json_option
-def launch(
-    config_or_study, on, study, overrides, dry_run, target, settings, out, cells, workers, cores_per_worker,
-    as_json, **options,
-):  # fmt: skip
+def launch(config_or_study, on, study, overrides, as_json, **given):
     """Plan CONFIG where that is not done yet, and train what has no result: `scaling plan` and `run` in one.
 
     A study folder in place of CONFIG is taken as it is. With --on slurm every cell is a job of an array.
     --on jobset (Kubernetes) and --on skypilot write a file for each job, with a README of how to apply them;
     they need --dry-run and --target.
     """
-    if on == "local" and (dry_run or settings):
-        raise StudyError("--dry-run and --settings are for --on slurm, jobset and skypilot")
-    if on in ("local", "slurm") and (target or out):
-        raise StudyError("--target and --out are for --on jobset and --on skypilot")
-    if on in ("jobset", "skypilot"):
-        from launch import pods
-
-        pods.check(on, dry_run, target, workers)
+    check_engine(on, given)
     if config_or_study.is_dir():
         if overrides or study:
             raise StudyError(f"--set and --study are for a config; {config_or_study} is planned already")
         study = config_or_study
     else:
         study = plan_there(config_or_study, study, list(overrides))
-    if on == "slurm":
-        return run_on_slurm(study, cells, workers, cores_per_worker, as_json, options, settings, dry_run)
-    if on != "local":
-        done = pods.write(on, study, target, settings, out, cells, options)
-        said = "{jobs} jobs of {cells} cells on {target}: see {folder}/README.md".format(**done)
-        return emit(as_json, done, lambda: console.print(said, soft_wrap=True))
-    return run_here(study, cells, workers, cores_per_worker, as_json, options)
+    return start(study, on, as_json, given)
 
 
 @click.command()
 @study_argument
-@with_options(WORKER_OPTIONS + RUN_OPTIONS + DEVICE_OPTIONS)
+@click.option("--on", type=ON, help="Where (default: as STUDY was last launched).")
+@with_options(ENGINE_OPTIONS + WORKER_OPTIONS + RUN_OPTIONS + DEVICE_OPTIONS)
 @json_option
-def relaunch(study, cells, workers, cores_per_worker, as_json, **options):
-    """Train what STUDY lacks after a failure or a cancel; cells that were given up are tried again."""
-    return run_here(study, cells, workers, cores_per_worker, as_json, options)
+@click.pass_context
+def relaunch(context, study, on, as_json, **given):
+    """Train what STUDY lacks after a failure or a cancel; cells that were given up are tried again.
+
+    On the engine of the last `scaling launch`, with its settings and those of its options that are not given
+    here; --on with another engine takes over none of them.
+    """
+    from launch.settings import last_launch
+
+    engine, kept = last_launch(study)
+    if on in (None, engine):
+        default = click.core.ParameterSource.DEFAULT
+        asked = {k for k in given if context.get_parameter_source(k) is not default}
+        given = kept | {k: v for k, v in given.items() if k in asked or k not in kept}
+    check_engine(on or engine, given)
+    return start(study, on or engine, as_json, given)
 
 
 @click.command()
@@ -176,8 +175,50 @@ def plan_there(config: Path, study: Path | None, overrides: list[str]) -> Path:
     return study
 
 
-def run_here(study: Path, cells, workers, cores_per_worker: int, as_json: bool, options: dict) -> int:
-    """Trains on this machine; the exit code."""
+def check_engine(on: str, given: dict) -> None:
+    """Refuses options that another engine has.
+
+    Raises:
+      StudyError: it says which.
+    """
+    if on == "local" and (given["dry_run"] or given["settings"]):
+        raise StudyError("--dry-run and --settings are for --on slurm, jobset and skypilot")
+    if on in ("local", "slurm") and (given["target"] or given["out"]):
+        raise StudyError("--target and --out are for --on jobset and --on skypilot")
+    if on in ("jobset", "skypilot"):
+        from launch import pods
+
+        pods.check(on, given["dry_run"], given["target"], given["workers"])
+
+
+def start(study: Path, on: str, as_json: bool, given: dict) -> int | None:
+    """Trains what a planned study lacks, and keeps how for `scaling relaunch`; the exit code.
+
+    Args:
+      given: every option of ``scaling launch`` that is not about the plan.
+    """
+    from launch.settings import remember
+
+    options = dict(given)
+    cells, dry_run, settings = (options.pop(name) for name in ("cells", "dry_run", "settings"))
+    keep = functools.partial(remember, study, on, settings, dict(options))
+    target, out, workers, cores = (options.pop(n) for n in ("target", "out", "workers", "cores_per_worker"))
+    if on == "slurm":
+        return run_on_slurm(study, cells, workers, cores, as_json, options, settings, dry_run, keep)
+    if on == "local":
+        return run_here(study, cells, workers, cores, as_json, options, keep)
+    from launch import pods
+
+    done = pods.write(on, study, target, settings, out, cells, options)
+    keep()
+    said = "{jobs} jobs of {cells} cells on {target}: see {folder}/README.md".format(**done)
+    return emit(as_json, done, lambda: console.print(said, soft_wrap=True))
+
+
+def run_here(
+    study: Path, cells, workers, cores_per_worker: int, as_json: bool, options: dict, keep=lambda: None
+) -> int:
+    """Trains on this machine; the exit code. ``keep``: called once it is clear that there is work."""
     from launch import local, show
     from scaling.attempts import Budgets
     from scaling.records import progress, read_manifest
@@ -186,6 +227,7 @@ def run_here(study: Path, cells, workers, cores_per_worker: int, as_json: bool, 
     todo = todo_of(study, cells, options)
     if not todo:
         return say_nothing_to_do(study, cells, as_json)
+    keep()
     budgets = Budgets(options["max_failures"], options["max_preemptions"])
     passed = [x for name, value in options.items() for x in as_argument(name, value)]
     one_job = options["mesh"] or options["distributed"]  # its worker has all devices of this machine
@@ -198,9 +240,17 @@ def run_here(study: Path, cells, workers, cores_per_worker: int, as_json: bool, 
 
 
 def run_on_slurm(
-    study: Path, cells, workers, cores_per_worker: int, as_json: bool, options: dict, settings, dry_run: bool
+    study: Path,
+    cells,
+    workers,
+    cores_per_worker: int,
+    as_json: bool,
+    options: dict,
+    settings: Path | None,
+    dry_run: bool,
+    keep,
 ) -> int:
-    """Trains on a Slurm cluster that has jobs submitted from here; the exit code."""
+    """Trains on a Slurm cluster that has jobs submitted from here; the exit code. ``keep``: see run_here."""
     if importlib.util.find_spec("submitit") is None:
         raise StudyError(
             "--on slurm needs the package submitit; install the extra: pip install 'scaling[slurm]'"
@@ -221,6 +271,7 @@ def run_on_slurm(
         found = slurm.dry_run(engine, groups)
         emit(as_json, found, lambda: show.slurm_script(console, found))
         return 0
+    keep()
     with show.progress_bars(console, study, quiet=as_json) as on_poll:
         code = run_to_the_end(engine, groups, on_poll, budgets)
     emit(as_json, {"outcome": "done", "cells": progress(study)}, lambda: show.run_summary(console, study))

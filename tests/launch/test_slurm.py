@@ -142,6 +142,33 @@ def test_a_grid_as_an_array_gives_the_records_of_the_local_run(slurm, corpus, tm
     assert json.loads(out) == {"outcome": "nothing to do"}
 
 
+def test_relaunch_submits_what_is_missing_as_it_was_launched(slurm, corpus, tmp_path):
+    grid = [{"params": 3e3, "tokens": 4e3, "seed": s} for s in range(3)]
+    config = tiny_study(corpus, grid={"kind": "list", "cells": grid, "min_steps": 10})
+    study = planned(tmp_path / "again", config)
+    done, *missing = cells(study)
+    words = ("--cell", done.path.name, "--checkpoint-steps", "20")
+    with launched(slurm, study, *words, partition="high") as process:
+        ended(process, study)
+    study.with_name("again.toml").unlink()
+    environment = {**slurm.environment, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for verb in ("cancel", "relaunch"):
+        command = [sys.executable, "-m", "launch.cli", verb, study, "--json"]
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WAIT)
+        assert said.returncode == 0, said.stdout[-1000:] + said.stderr[-3000:]
+    assert [outcomes(folder) for folder in cells(study)] == [["finished"]] * 3
+    jobs = {job_of(attempts_of(folder)[0]) for folder in missing}
+    assert len(jobs) == 2 and len({job.split("_")[0] for job in jobs}) == 1  # elements of one new array
+    array = jobs.pop().split("_")[0]
+    ask = ("sacct", "--noheader", "--parsable2", "-X", "-o", "Partition", "-j", array)
+    assert slurm.command(*ask).split() == ["high", "high"]
+    assert local.run_study(here(study), 1, [], lambda: None) == 0
+    for mine, theirs in zip(cells(study), cells(here(study)), strict=True):
+        assert files(mine) == files(theirs)
+        newest, before = sorted((int(p.name) for p in mine.checkpoints.iterdir()), reverse=True)
+        assert before == (newest - 1) // 20 * 20  # every 20 steps, as the first launch was told
+
+
 def test_requeued_killed_and_out_of_time_it_goes_on_to_the_same_records(slurm, corpus, tmp_path):
     grid = [{"params": 3e3, "tokens": 1.2e4, "seed": s} for s in range(3)]
     config = tiny_study(corpus, grid={"kind": "list", "cells": grid, "min_steps": 10})
