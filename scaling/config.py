@@ -96,10 +96,21 @@ def check_optimizer(optim: Mapping, schedule: Mapping) -> None:
 
 def check_blocks(cell: Mapping) -> None:
     """Raises ``ConfigError`` where evaluation in blocks is asked of a model that has no such attention."""
-    threshold, model = cell["eval"]["block_threshold"], cell["model"]
-    if threshold is None and cell["eval"]["block"] != SCHEMA["eval"]["block"].default:
+    evaluation, model = cell["eval"], cell["model"]
+    threshold, choice = evaluation["block_threshold"], evaluation["block_choice"]
+    given = [
+        key
+        for key in ("block", "block_choice", "block_divergence")
+        if evaluation[key] != SCHEMA["eval"][key].default
+    ]
+    if threshold is None and given:
         raise ConfigError(
-            f"eval.block is {cell['eval']['block']} without eval.block_threshold, which reads it"
+            f"eval.{given[0]} is {evaluation[given[0]]!r} without eval.block_threshold, which reads it"
+        )
+    if "block_divergence" in given and choice != "flexprefill":
+        raise ConfigError(
+            f"eval.block_divergence is {evaluation['block_divergence']} with eval.block_choice = {choice!r}, "
+            "which does not read it; it is for 'flexprefill'"
         )
     in_order = layers.has(model, *set(layers.ATTENTION) - set(layers.CHOOSING))
     if threshold is not None and (not in_order or layers.has(model, layers.ROUTED, *layers.CHOOSING)):

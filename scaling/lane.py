@@ -37,7 +37,7 @@ from scaling.files import (
 )
 from scaling.flops import ledger
 from scaling.layers import causal, mask_token
-from scaling.models.block_choice import BlockChoice
+from scaling.models.flex_prefill import block_choice
 from scaling.optim import hyper_parameters
 from scaling.probes import probe
 from scaling.program import Static, placed_shapes, upcycled_state
@@ -293,8 +293,7 @@ class Lane:
             streamed = self.cell["model"]["cross_document"]
             score["probes"] = probe(eval_fn, params, self.heldout, self.dataset.heldout, self.seq, streamed)
         if self.cell["eval"]["block_threshold"] is not None and self.done == self.steps:
-            blocks = BlockChoice(self.cell["eval"]["block_threshold"], self.cell["eval"]["block"])
-            by_blocks = functools.partial(eval_fn, blocks=blocks)
+            by_blocks = functools.partial(eval_fn, blocks=block_choice(self.cell["eval"]))
             score["block_loss"] = held_out_loss(
                 by_blocks, params, self.heldout, self.dataset.bytes_per_token
             )["loss"]

@@ -217,6 +217,8 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "probes": _flag(False, later=True),
         "block_threshold": _share(None, optional=True, later=True),
         "block": Field(int, lambda x: x > 0 and x % 8 == 0, "a positive multiple of 8", 128, later=True),
+        "block_choice": _choice("xattention", "flexprefill", default="xattention", later=True),
+        "block_divergence": Field(float, lambda x: 0 <= x <= 1, "a number from 0 to 1", 0.1, later=True),
         "draws": _positive_int(8, later=True),
     },
     "precision": {

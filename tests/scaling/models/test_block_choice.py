@@ -10,7 +10,7 @@ from tiny_study import tiny_cell
 from scaling.config import ConfigError, validate_cell, validate_section
 from scaling.files import CellFolder
 from scaling.models.attention import Attention, rope_table
-from scaling.models.block_choice import BlockChoice
+from scaling.models.block_choice import XAttention
 from scaling.models.lm import init_params, make_apply
 from scaling.records import COLUMNS
 from scaling.train import train
@@ -54,7 +54,7 @@ def test_fewest_blocks_that_hold_the_threshold(window, segments):
     q, k = queries_and_keys()
     ids = np.ones((B, T), np.int32) if segments is None else segments
     for threshold in (0.5, 0.9, 1.0):
-        chosen = np.asarray(BlockChoice(threshold, 8, 4)(q, k, segments, window=window))
+        chosen = np.asarray(XAttention(threshold, 8, 4)(q, k, segments, window=window))
         fewer = 0
         for b in range(B):
             for n in range(4):
@@ -80,7 +80,7 @@ def test_a_threshold_of_one_is_attention(window):
     x = np.random.default_rng(0).standard_normal((B, T, 32)).astype(np.float32)
     rope = rope_table(jnp.broadcast_to(jnp.arange(T), (B, T)), 8, 1e4)
     dense = Attention(cfg, nnx.Rngs(0), window)(x, rope, SEGMENTS)
-    run = lambda t: Attention({**cfg, "blocks": BlockChoice(t, 8, 4)}, nnx.Rngs(0), window)(x, rope, SEGMENTS)  # noqa: E731
+    run = lambda t: Attention({**cfg, "blocks": XAttention(t, 8, 4)}, nnx.Rngs(0), window)(x, rope, SEGMENTS)  # noqa: E731
     np.testing.assert_allclose(run(1.0), dense, rtol=1e-5, atol=1e-6)
     assert np.abs(run(0.5) - dense).max() > 0.01
 
@@ -89,7 +89,7 @@ def test_a_far_block_that_matters_is_kept():
     """Every query of the last block looks for one passage, four blocks before."""
     q, k = np.zeros((1, 48, 1, 8), np.float32), np.zeros((1, 48, 1, 8), np.float32)
     q[:, 40:, :, 0], k[:, 8:16, :, 0] = 5.0, 5.0
-    kept = np.asarray(BlockChoice(0.9, 8, 4)(q, k))[0, 0]
+    kept = np.asarray(XAttention(0.9, 8, 4)(q, k))[0, 0]
     assert kept[5].tolist() == [False, True, False, False, False, True]
     # where nothing stands out, nine tenths of the blocks before
     assert kept[4].all(where=np.arange(6) < 5)
@@ -100,7 +100,7 @@ def test_a_model_evaluated_by_blocks():
     params = init_params(cfg, 0)
     tokens = np.random.default_rng(0).integers(0, 31, (B, T))
     logits = {
-        t: np.asarray(jax.jit(make_apply(cfg, blocks=t and BlockChoice(t, 8, 4)))(params, tokens, SEGMENTS))
+        t: np.asarray(jax.jit(make_apply(cfg, blocks=t and XAttention(t, 8, 4)))(params, tokens, SEGMENTS))
         for t in (None, 0.5, 1.0)
     }
     np.testing.assert_allclose(logits[1.0], logits[None], rtol=1e-4, atol=1e-5)
@@ -108,7 +108,7 @@ def test_a_model_evaluated_by_blocks():
     assert 0.1 < np.sqrt(np.mean((logits[0.5] - logits[None]) ** 2)) < logits[None].std()
     routed = validate_section("model", {**BASE, "family": "mixture_of_depths"})
     with pytest.raises(ConfigError, match="blocks are given for a model whose layers choose tokens"):
-        make_apply(routed, blocks=BlockChoice(0.5))
+        make_apply(routed, blocks=XAttention(0.5))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_model_evaluated_by_blocks():
 )
 def test_bad_choices(values, words):
     with pytest.raises(ConfigError, match=words):
-        BlockChoice(*values)
+        XAttention(*values)
 
 
 def test_a_record_has_the_loss_by_blocks_at_its_last_evaluation(corpus, tmp_path):
@@ -137,6 +137,11 @@ def test_a_record_has_the_loss_by_blocks_at_its_last_evaluation(corpus, tmp_path
     [
         ({"eval": {"block_threshold": 1.5}}, "eval.block_threshold is 1.5"),
         ({"eval": {"block": 64}}, "eval.block is 64 without eval.block_threshold"),
+        ({"eval": {"block_choice": "flexprefill"}}, "eval.block_choice is 'flexprefill' without"),
+        (
+            {"eval": {"block_divergence": 0.2, "block_threshold": 0.5}},
+            "eval.block_divergence is 0.2 with eval.block_choice = 'xattention'",
+        ),
         ({"eval": {"block": 12, "block_threshold": 0.5}}, "eval.block is 12"),
         ({"model": {"family": "min_gru"}, "eval": {"block_threshold": 0.5}}, "for models with attention"),
         ({"model": {"family": "mixture_of_depths"}, "eval": {"block_threshold": 0.5}}, "choose tokens"),
