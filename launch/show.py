@@ -283,14 +283,15 @@ def sentinels(console: Console, study: Path) -> None:
 
 def estimate(manifest: dict) -> dict | None:
     """Time and memory of every cell on this device; None for cells that are no language models."""
+    if "trainer" in manifest["config"]:
+        return None
+    # these load jax
     from launch.local import default_workers
     from launch.packs import describe
     from launch.work import pack_size
     from scaling.estimate import estimate_cells
 
     cells = manifest["cells"]
-    if "trainer" in manifest["config"]:
-        return None
     return {
         **estimate_cells(cells, default_workers(len(cells))),
         "packing": describe(cells, pack_size("auto")),

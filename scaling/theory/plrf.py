@@ -19,6 +19,8 @@ Three ways to its loss stand here, each exact in its own sense, and ``scaling.th
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -141,13 +143,18 @@ def _nodes(v: float) -> tuple[np.ndarray, np.ndarray]:
     if v <= 4 * EXACT_TERMS:
         j = np.arange(1.0, v + 1)
         return j, np.ones_like(j)
-    x, w = np.polynomial.legendre.leggauss(16)
+    x, w = _gauss()
     low, high = np.log(EXACT_TERMS + 0.5), np.log(v + 0.5)
     ends = np.linspace(low, high, 1 + int(np.ceil((high - low) / 1.2)))
     half = 0.5 * np.diff(ends)[:, None]
     j = np.exp(half * (x + 1) + ends[:-1, None]).ravel()
     first = np.arange(1.0, EXACT_TERMS + 1)
     return np.concatenate([first, j]), np.concatenate([np.ones(EXACT_TERMS), (half * w).ravel() * j])
+
+
+@functools.cache
+def _gauss() -> tuple[np.ndarray, np.ndarray]:
+    return np.polynomial.legendre.leggauss(16)
 
 
 class Moments:
@@ -283,6 +290,23 @@ def _chunked(function, k: np.ndarray, rows: int = 512) -> np.ndarray:
     return out.reshape(k.shape + out.shape[1:])
 
 
+def _lowest(loss: Callable[[int], float], allowed: Sequence[bool]) -> tuple[int, np.ndarray]:
+    """Where a function with one minimum is lowest, and its values: infinite where they were not needed.
+
+    From the middle downhill, a step at a time: few of a window's sizes are looked at.
+    """
+    values, within = np.full(len(allowed), np.inf), np.flatnonzero(allowed)
+    if not len(within):
+        return 0, values
+    i, last = int(within[abs(within - len(allowed) // 2).argmin()]), None
+    while i != last:
+        last = i
+        for k in within[abs(within - i) <= 1]:
+            values[k] = loss(k) if np.isinf(values[k]) else values[k]
+        i = int(values.argmin())
+    return i, values
+
+
 def frontier(
     alpha: float,
     beta: float,
@@ -308,20 +332,17 @@ def frontier(
         centre = f**guess
         for _ in range(40):
             log_d = np.log(centre) + np.linspace(-1, 1, sizes) * np.log(spread)
-            losses = np.full(sizes, np.inf)
-            for i, size in enumerate(np.exp(log_d)):
-                problem = Problem(alpha, beta, size, **fields)
-                steps = f / (size * problem.batch)
-                if size >= 2 and steps >= LEAST_STEPS:
-                    losses[i] = Equivalent(problem).loss(steps)
-            i = int(np.argmin(losses))
+            problems = [Problem(alpha, beta, size, **fields) for size in np.maximum(np.exp(log_d), 1)]
+            steps = [f / (p.d * p.batch) for p in problems]
+            allowed = [p.d >= 2 and r >= LEAST_STEPS for p, r in zip(problems, steps, strict=True)]
+            i, losses = _lowest(lambda k: Equivalent(problems[k]).loss(steps[k]), allowed)  # noqa: B023
             inside = 0 < i < sizes - 1 and np.isfinite(losses[i - 1 : i + 2]).all()
             if inside:
                 break
             centre = float(np.exp(log_d[i]))
         else:
             raise ValueError(f"no best size at {f:g} with alpha = {alpha}, beta = {beta}")
-        if not losses[i] > 0:
+        if not losses.min() > 0:
             raise ValueError(f"at {f:g} the loss is below what float64 resolves; take smaller budgets")
         c2, c1, c0 = np.polyfit(log_d[i - 1 : i + 2] - log_d[i], np.log(losses[i - 1 : i + 2]), 2)
         best.append((np.exp(log_d[i] - c1 / (2 * c2)), np.exp(c0 - c1**2 / (4 * c2))))

@@ -128,6 +128,26 @@ def test_every_exponent_is_that_of_the_equivalent(phase):
     assert abs(decay - truth.loss) < (0.02 if phase == "IVb" else 0.003)
 
 
+def test_the_frontier_looks_at_few_sizes_and_finds_the_best_of_all(monkeypatch):
+    f, sizes, seen = 1e5, 13, []
+    whole = Equivalent.loss
+
+    def counted(self, steps):
+        seen.append(self.problem.d)
+        return whole(self, steps)
+
+    monkeypatch.setattr(Equivalent, "loss", counted)
+    for alpha, beta in POINTS.values():
+        seen.clear()
+        (d,), _ = frontier(alpha, beta, [f], sizes=sizes)
+        # a window of all of them, most of which are never looked at
+        assert 3 <= len(seen) == len(set(seen)) <= sizes // 2 + 1
+        centre = f ** theory(alpha, beta).size
+        grid = [x for x in centre * 8 ** np.linspace(-1, 1, sizes) if x >= 2 and f / x >= 24]
+        losses = [whole(Equivalent(Problem(alpha, beta, x)), f / x) for x in grid]
+        assert abs(np.log(d / grid[int(np.argmin(losses))])) < np.log(64) / (sizes - 1)
+
+
 def test_the_slow_phase_reaches_its_exponent_once_the_next_terms_are_taken_off():
     """P f^loss is a polynomial in f^-w, w = 2 alpha size - loss = 0.027: F_0 over K_pp, and its powers."""
     truth = theory(*POINTS["IVb"])
