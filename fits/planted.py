@@ -36,9 +36,28 @@ STUDIES: dict[str, tuple] = {
         {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28},
         lambda: _grid(N=_over(5e7, 1e10, 7), D=_over(1e9, 1e12, 6)), NOISE,
     ),
+    "tied": (
+        {"E": 1.9, "A": 480.0, "B": 1500.0, "alpha": 0.34},
+        lambda: _grid(N=_over(5e7, 1e10, 7), D=_over(1e9, 1e12, 6)), NOISE,
+    ),
+    "kaplan": (
+        {"Nc": 6.4e13, "Dc": 1.8e13, "alphaN": 0.076, "alphaD": 0.103},
+        lambda: _grid(N=_over(1e6, 1e9, 7), D=_over(2e7, 2e10, 6)), NOISE,
+    ),
+    "power_N": ({"E": 1.7, "A": 400.0, "alpha": 0.34}, lambda: {"N": _over(1e6, 1e11, 30)}, NOISE),
+    "power_D": ({"E": 1.7, "B": 400.0, "beta": 0.28}, lambda: {"D": _over(1e7, 1e13, 30)}, NOISE),
+    "power_C": ({"E": 1.7, "K": 1000.0, "gamma": 0.15}, lambda: {"C": _over(1e16, 1e26, 30)}, NOISE),
+    "product": (
+        {"E": 0.8, "K": 60.0, "alpha": 0.1, "beta": 0.12},
+        lambda: _grid(N=_over(1e8, 1e11, 7), D=_over(1e5, 1e9, 6)), NOISE,
+    ),
     "overtraining": (
         {"E": 1.84, "a": 212.0, "b": 367.0, "eta": 0.136},
         lambda: _with_ratio(_grid(N=_over(1e7, 1e10, 6), M=_over(5, 640, 7))), NOISE,
+    ),
+    "data_constrained": (
+        {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.34, "beta": 0.37, "R_N": 6.0, "R_D": 14.0},
+        lambda: _grid(N=_over(5e7, 3e10, 6), D=_over(1e9, 1e12, 7), U=(1e9, 1e10, 1e11)), NOISE,
     ),
     "data_constrained_tied": (
         {"E": 1.87, "A": 521.0, "B": 1488.0, "alpha": 0.3527, "R_N": 5.31, "R_D": 15.39},
@@ -47,6 +66,10 @@ STUDIES: dict[str, tuple] = {
     "broken_D": (
         {"E": 1.5, "K": 300.0, "c0": 0.25, "c1": 0.3, "d": 3e9, "f": 0.4},
         lambda: {"D": _over(1e6, 1e13, 80)}, NOISE,
+    ),
+    "broken_C": (
+        {"E": 1.2, "K": 400.0, "c0": 0.12, "c1": 0.15, "d": 1e20, "f": 0.5},
+        lambda: {"C": _over(1e15, 1e25, 80)}, 5e-4,
     ),
     "steps_batch": (
         {"E": 1.6, "A": 300.0, "K": 60.0, "alpha": 0.33, "gamma": 0.4, "B_crit": 8e5},
