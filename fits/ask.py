@@ -109,7 +109,15 @@ def ask(subject: Fit | Law | str, question: str, **given: float | Sequence[float
         lanes = np.shape(next(iter(params.values())))
         return {k: np.broadcast_to(np.asarray(v, float), lanes) for k, v in got.items()}
 
-    estimates = {k: float(v[0]) for k, v in answer(point).items()}
+    try:
+        estimates = {k: float(v[0]) for k, v in answer(point).items()}
+    except KeyError as error:
+        if fit is not None:
+            raise
+        known = ", ".join(law.PUBLISHED)
+        raise FitError(
+            f"of {law.name} only {known} is published, and {question} needs more; ask a fit of it"
+        ) from error
     flags = [] if fit is None else _flags(fit, values)
     if fit is None or not len(fit.draws):
         none = {"sd": None, "80": None, "95": None}

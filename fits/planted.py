@@ -30,6 +30,11 @@ def _with_ratio(x):
     return {"N": x["N"], "D": x["N"] * x["M"]}
 
 
+def _with_block(x):
+    """N_r from N and its share."""
+    return {v: values for v, values in x.items() if v != "share"} | {"Nr": x["N"] * x["share"]}
+
+
 # law: (parameters, grid, noise); the constants are near the papers' own where these are known
 STUDIES: dict[str, tuple] = {
     "chinchilla": (
@@ -129,6 +134,11 @@ STUDIES: dict[str, tuple] = {
     "solve_verify": ({"K": 2e-8, "p": 0.57}, lambda: {"C": _over(1e13, 1e17, 18)}, 0.1),
     "updates_to_data": (
         {"E": 2e5, "K": 3e5, "alpha": 0.6}, lambda: {"R": np.repeat(_over(0.25, 32, 8), 4)}, 0.02,
+    ),
+    "recurrence": (
+        {"E": 1.6, "A": 300.0, "B": 500.0, "alpha": 0.3, "beta": 0.3, "phi": 0.46},
+        lambda: _with_block(_grid(N=_over(3e7, 1e9, 5), share=(0.3, 0.7), J=(1, 2, 4, 8),
+                                  D=_over(1e9, 3e10, 4))), NOISE,
     ),
     "dp_sgd": (
         {"E": 1.0, "A": 50.0, "K": 30.0, "alpha": 0.6, "gamma": 0.5},

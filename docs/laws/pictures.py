@@ -291,6 +291,34 @@ def rl():
 
 
 @styled
+def recurrence():
+    """Parameters that passes are worth against what they cost, and the best passes against the budget."""
+    figure, axes = panels(None, 2, (7.6, 3.2))
+    times = np.geomspace(1, 64, 100)
+    for phi, colour in ((1.0, GREY), (0.65, GREEN), (0.46, BLUE), (0.2, ORANGE)):
+        axes[0].plot(times, times**phi, color=colour, label=f"phi {phi:g}")
+    axes[0].plot(4, 4**0.46, "o", color=BLUE)
+    axes[0].set(
+        xscale="log", yscale="log", xlabel="passes", ylabel="parameters worth / N", title="all parameters"
+    )
+    for axis in (axes[0].xaxis, axes[0].yaxis):
+        axis.set_major_formatter(lambda v, _: f"{v:g}")
+    law, budgets = get_law("recurrence"), np.geomspace(1e16, 1e22, 25)
+    for phi, colour in ((0.65, GREEN), (0.46, BLUE), (0.2, ORANGE)):
+        p = {k: np.array([v]) for k, v in (STUDIES["recurrence"][0] | {"phi": phi}).items()}
+        given = {"params": 1e8, "recurrent_params": 8e7}
+        best = [law.questions["iterations"].answer(law, p, given | {"flops": c}) for c in budgets]
+        axes[1].plot(budgets, [float(b["iterations"][0]) for b in best], color=colour, label=f"phi {phi:g}")
+    axes[1].set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="best passes")
+    axes[1].set_title("100M parameters, planted constants")
+    axes[1].yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    label_log_axis(axes[1].xaxis, scientific)
+    for ax in axes:
+        ax.legend()
+    return figure
+
+
+@styled
 def private():
     """Loss against steps at three totals of noise, and against batch at constant noise or constant ratio."""
     figure, axes = panels(None, 2, (7.6, 3.2))
@@ -416,6 +444,7 @@ PICTURES = {
         coverage,
         test_time,
         rl,
+        recurrence,
         private,
         ensemble,
         downstream,

@@ -27,6 +27,7 @@ from fits.laws.overtraining import Overtraining
 from fits.laws.precision import PostTraining, Precision, PrecisionJoint, QatShare
 from fits.laws.private import DPSGD
 from fits.laws.quality import Quality
+from fits.laws.recurrence import Recurrence
 from fits.laws.repetition import DataConstrained, DataConstrainedTied
 from fits.laws.rl import UpdatesToData
 from fits.laws.sparsity import Sparsity
@@ -40,6 +41,7 @@ LAWS: dict[str, Law] = {
         PrecisionJoint(), PostTraining(), QatShare(), FineGrained(), Leverage(), Sparsity(),
         Upcycling(), AverageParams(), Quality(),
         TunedND(), TunedD(), Coverage(), CoverageN(), SolveVerify(), UpdatesToData(), DPSGD(),
+        Recurrence(),
         Ensemble(), DownstreamExponential(), DownstreamSigmoid(), Energy(),
     )
 }  # fmt: skip

@@ -14,7 +14,7 @@ COLUMN_OF = {
     "P": "weight_bits", "Pa": "activation_bits", "Pc": "cache_bits", "T": "tokens_per_param_byte",
     "G": "granularity", "X": "active_share", "Na": "average_params", "D1": "dense_tokens", "K": "samples",
     "M": "members", "V": "eval_loss", "R": "updates_per_datum", "I": "input_tokens", "O": "output_tokens",
-    "Q": "batch_per_sigma",
+    "Q": "batch_per_sigma", "Nr": "recurrent_params", "J": "iterations",
 }  # fmt: skip
 EXPONENT_BOUNDS = (1e-3, 10.0)  # beyond either end a power of N or D is a constant or a step
 
@@ -53,7 +53,7 @@ class Law:
     bounds: Mapping[str, tuple[float, float]] = {}
     offset: str | None = "E"  # the parameter that the loss approaches when every variable grows
     questions: Mapping[str, Question] = {}
-    PUBLISHED: Mapping[str, float] | None = None  # the source's own constants, where they are known
+    PUBLISHED: Mapping[str, float] | None = None  # the source's own constants, those that are known
 
     def predict(self, params: Mapping[str, Any], x: Mapping[str, Any], xp=np):
         """The loss; ``params`` and ``x`` hold what broadcasts, ``xp`` is numpy or jax.numpy."""
