@@ -14,6 +14,7 @@ from launch.launching import COMMANDS
 from launch.options import (
     BUDGET_OPTIONS,
     LIMIT_OPTIONS,
+    PATH,
     PREFLIGHT_OPTIONS,
     SIZE_OPTIONS,
     fit_options,
@@ -88,8 +89,8 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("config", type=click.Path(path_type=Path))
-@click.option("--study", type=click.Path(path_type=Path), help="Study folder (default: studies/NAME).")
+@click.argument("config", type=PATH)
+@click.option("--study", type=PATH, help="Study folder (default: studies/NAME).")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field.")
 @click.option("--grow", is_flag=True, help="Add the config's new cells to an existing study.")
 @click.option("--dry-run", is_flag=True, help="Print the table, write nothing.")
@@ -115,14 +116,14 @@ def plan(config, study, overrides, grow, dry_run, no_estimate, as_json):
 
 
 @cli.command()
-@click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder for the shards.")
+@click.argument("paths", nargs=-1, type=PATH)
+@click.option("--out", required=True, type=PATH, help="A new folder for the shards.")
 @click.option("--hub", metavar="NAME", help="Stream a data set of the Hugging Face Hub instead of files.")
 @click.option("--subset", help="Of the Hub's data set.")
 @click.option("--split", default="train", show_default=True, help="Of the Hub's data set.")
 @click.option("--limit", type=click.IntRange(min=1), help="Read so many documents of the Hub's data set.")
 @click.option("--field", default="text", show_default=True, help="Where a JSON line or a row has its text.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json to load.")
+@click.option("--tokenizer", type=PATH, help="A tokenizer.json to load.")
 @click.option("--vocab", type=click.IntRange(min=1), help="Train a byte-level BPE of so many ids instead.")
 @click.option("--train-documents", type=click.IntRange(min=1), help="Train it on so many of the first.")
 @click.option("--begin", metavar="TOKEN", is_flag=False, flag_value="<|begintext|>",
@@ -151,7 +152,7 @@ def tokenize(paths, out, hub, subset, split, limit, field, as_json, **options):
 
 
 @cli.command()
-@click.argument("study", type=click.Path(path_type=Path))
+@click.argument("study", type=PATH)
 @with_options(PREFLIGHT_OPTIONS)
 @json_option
 def preflight(study, target, overrides, remat, prices, cache, no_cache, jobs, markdown, as_json):
@@ -192,9 +193,9 @@ def preflight(study, target, overrides, remat, prices, cache, no_cache, jobs, ma
 
 
 @cli.command()
-@click.argument("study", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="A .csv, .parquet or .jsonl file.")
-@click.option("--wandb-dir", type=click.Path(path_type=Path), help="Read offline wandb runs instead.")
+@click.argument("study", type=PATH)
+@click.option("--out", type=PATH, help="A .csv, .parquet or .jsonl file.")
+@click.option("--wandb-dir", type=PATH, help="Read offline wandb runs instead.")
 @json_option
 def collect(study, out, wandb_dir, as_json):
     """Write the run table of STUDY: one row a (cell, evaluation).
@@ -233,9 +234,9 @@ def collect(study, out, wandb_dir, as_json):
 
 
 @cli.command()
-@click.argument("study", type=click.Path(path_type=Path))
+@click.argument("study", type=PATH)
 @click.option("--cell", default="best", show_default=True, metavar="ID|best|last", help="Which cell.")
-@click.option("--out", type=click.Path(path_type=Path), help="New folder (default: STUDY/export/ID).")
+@click.option("--out", type=PATH, help="New folder (default: STUDY/export/ID).")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16"]),
@@ -243,7 +244,7 @@ def collect(study, out, wandb_dir, as_json):
     show_default=True,
     help="Of the weights written.",
 )
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json to put beside them.")
+@click.option("--tokenizer", type=PATH, help="A tokenizer.json to put beside them.")
 @json_option
 def export(study, cell, out, dtype, tokenizer, as_json):
     """Write a trained cell of STUDY in Hugging Face's format (Llama, Mistral or Qwen3).
@@ -259,9 +260,9 @@ def export(study, cell, out, dtype, tokenizer, as_json):
 
 
 @cli.command()
-@click.argument("table", type=click.Path(path_type=Path))
+@click.argument("table", type=PATH)
 @fit_options
-@click.option("--out", type=click.Path(path_type=Path), help="Fit file (default: STUDY/fits/LAW.json).")
+@click.option("--out", type=PATH, help="Fit file (default: STUDY/fits/LAW.json).")
 @click.option("--by", metavar="COLUMN", help="No law: of each group of runs the frontier's exponents.")
 @json_option
 def fit(table, out, by, as_json, **options):
@@ -294,10 +295,8 @@ def fit(table, out, by, as_json, **options):
 
 
 @cli.command()
-@click.argument("config", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder of all its studies (default: studies/NAME)."
-)
+@click.argument("config", type=PATH)
+@click.option("--out", type=PATH, help="Folder of all its studies (default: studies/NAME).")
 @json_option
 @click.pass_context
 def families(ctx, config, out, as_json):
@@ -323,9 +322,9 @@ def families(ctx, config, out, as_json):
 
 
 @cli.command()
-@click.argument("fit", type=click.Path(path_type=Path))
+@click.argument("fit", type=PATH)
 @with_options(BUDGET_OPTIONS + LIMIT_OPTIONS + SIZE_OPTIONS)
-@click.option("--out", type=click.Path(path_type=Path), help="Write the allocation as JSON here.")
+@click.option("--out", type=PATH, help="Write the allocation as JSON here.")
 @json_option
 def allocate(fit, within, out, as_json, **options):
     """Answer "what should I train?" for a budget, from FIT: a fit file, or a fitted study folder.
@@ -345,7 +344,7 @@ def allocate(fit, within, out, as_json, **options):
 @click.argument("subject")
 @click.argument("question", required=False)
 @click.argument("given", nargs=-1, metavar="[NAME=VALUE]...")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the answer as JSON here.")
+@click.option("--out", type=PATH, help="Write the answer as JSON here.")
 @json_option
 def ask(subject, question, given, out, as_json):
     """Ask a law its own QUESTION: what repeated tokens are worth, which granularity, how many samples.
@@ -362,10 +361,10 @@ def ask(subject, question, given, out, as_json):
 
 
 @cli.command()
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
 @click.option("--budget", type=float, multiple=True, help="Training FLOPs (may be given again).")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the comparison as JSON here.")
+@click.option("--out", type=PATH, help="Write the comparison as JSON here.")
 @json_option
 def compare(a, b, budget, out, as_json):
     """Effective speed-up of study B over study A, and where their frontiers cross, with intervals.
@@ -380,13 +379,13 @@ def compare(a, b, budget, out, as_json):
 
 
 @cli.command("next")
-@click.argument("fit", type=click.Path(path_type=Path))
+@click.argument("fit", type=PATH)
 @click.option("--budget", type=float, required=True, help="The budget to be decided, training FLOPs.")
 @click.option("--quantity", default="N*", show_default=True, help="What to know better: N*, D*, loss, a.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Runs to choose.")
 @click.option("--max-flops", type=float, help="The dearest run allowed (default: the table's largest).")
 @click.option("--within", type=float, help="Also say what it costs to know the quantity this well, e.g. 0.1.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the answer as JSON here.")
+@click.option("--out", type=PATH, help="Write the answer as JSON here.")
 @json_option
 def next_(fit, budget, quantity, batch, max_flops, within, out, as_json):
     """Which run next teaches most per FLOP about the answer at a budget, from FIT.
@@ -402,7 +401,7 @@ def next_(fit, budget, quantity, batch, max_flops, within, out, as_json):
 
 
 @cli.command("select")
-@click.argument("table", type=click.Path(path_type=Path))
+@click.argument("table", type=PATH)
 @click.option("--law", "laws", multiple=True, help="A law to try (may be given again).")
 @click.option(
     "--by",
@@ -428,15 +427,15 @@ def select_(table, laws, by, as_json, **reading):
 
 
 @cli.command()
-@click.argument("study", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="HTML file (default: STUDY/report.html).")
+@click.argument("study", type=PATH)
+@click.option("--out", type=PATH, help="HTML file (default: STUDY/report.html).")
 @click.option("--budget", type=float, help="Also allocate this budget (default: the last one asked for).")
 @click.option(
     "--unique-tokens", type=float, help="For --budget and a law in unique tokens: how many there are."
 )
 @click.option(
     "--against",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Compare with another fit file, study or table; a table is fitted as STUDY was.",
 )
 @click.option("--law", "laws", multiple=True, help="A law to forecast with (may be given again).")

@@ -12,6 +12,7 @@ import click
 from launch.options import (
     DEVICE_OPTIONS,
     ENGINE_OPTIONS,
+    PATH,
     RUN_OPTIONS,
     WORKER_OPTIONS,
     as_argument,
@@ -20,7 +21,7 @@ from launch.options import (
 from launch.output import console, emit, json_option
 from scaling.files import StudyError, write_whole
 
-study_argument = click.argument("study", type=click.Path(path_type=Path))
+study_argument = click.argument("study", type=PATH)
 ON = click.Choice(["local", "slurm", "jobset", "skypilot"])
 
 
@@ -38,9 +39,9 @@ def run(study, cells, workers, cores_per_worker, as_json, **options):
 
 
 @click.command()
-@click.argument("config_or_study", type=click.Path(path_type=Path))
+@click.argument("config_or_study", type=PATH)
 @click.option("--on", type=ON, default="local", show_default=True, help="Where.")
-@click.option("--study", type=click.Path(path_type=Path), help="Study folder (default: studies/NAME).")
+@click.option("--study", type=PATH, help="Study folder (default: studies/NAME).")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of a config.")
 @with_options(ENGINE_OPTIONS + WORKER_OPTIONS + RUN_OPTIONS + DEVICE_OPTIONS)
 @json_option
@@ -119,12 +120,12 @@ def cancel(study, as_json):
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=PATH)
 @click.option("--law", default="chinchilla", show_default=True, help="Name of the law to plant.")
 @click.option(
     "--param", "params", multiple=True, required=True, metavar="NAME=VALUE", help="Each of the law's."
 )
-@click.option("--study", type=click.Path(path_type=Path), help="Folder (default: studies/NAME-simulated).")
+@click.option("--study", type=PATH, help="Folder (default: studies/NAME-simulated).")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field.")
 @click.option(
     "--seed-noise", type=float, default=0.003, show_default=True, help="Sd of log loss between seeds."

@@ -9,6 +9,23 @@ import click
 
 from scaling.attempts import MAX_FAILURES, MAX_PREEMPTIONS
 
+
+class LocalPath(click.Path):
+    """A file or folder; a URL is refused, which would else become a folder named ``gs:``."""
+
+    def convert(self, value, param, ctx):
+        if "://" in str(value):
+            self.fail(
+                f"{str(value)!r} is a URL, and studies lie in folders: give one on a disk that all machines "
+                "of the study mount (NFS, Filestore, FSx, Lustre; no mounted bucket), and copy it to the "
+                "bucket when it is done. Token shards (data.path) may be in a bucket.",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
+
+PATH = LocalPath(path_type=Path)
 WORKER_OPTIONS = (
     click.option(
         "--cell", "cells", multiple=True, metavar="ID", help="Train only this cell (may be given again)."
@@ -93,12 +110,10 @@ ENGINE_OPTIONS = (
     click.option("--target", help="jobset, skypilot: what each job runs on, e.g. v5e-64, v6e-256, h100-8."),
     click.option(
         "--settings",
-        type=click.Path(path_type=Path),
+        type=PATH,
         help="Not local: a .toml file (partition, time; image, volume, ...).",
     ),
-    click.option(
-        "--out", type=click.Path(path_type=Path), help="Folder of the files (default: STUDY/jobset, ...)."
-    ),
+    click.option("--out", type=PATH, help="Folder of the files (default: STUDY/jobset, ...)."),
 )
 PREFLIGHT_OPTIONS = (
     click.option(
@@ -117,17 +132,15 @@ PREFLIGHT_OPTIONS = (
         show_default=True,
         help="What the backward pass recomputes; auto: the fastest that fits.",
     ),
-    click.option("--prices", type=click.Path(path_type=Path), help="Another file like launch/prices.toml."),
-    click.option(
-        "--cache", type=click.Path(path_type=Path), help="Folder (default: ~/.cache/scaling/preflight)."
-    ),
+    click.option("--prices", type=PATH, help="Another file like launch/prices.toml."),
+    click.option("--cache", type=PATH, help="Folder (default: ~/.cache/scaling/preflight)."),
     click.option("--no-cache", is_flag=True, help="Compile everything, keep nothing."),
     click.option(
         "--jobs",
         type=click.IntRange(min=1),
         help="Shapes compiled at once (default: CPU cores, at most 4).",
     ),
-    click.option("--markdown", type=click.Path(path_type=Path), help="Write the tables to this file, too."),
+    click.option("--markdown", type=PATH, help="Write the tables to this file, too."),
 )
 BUDGET_OPTIONS = (
     click.option("--budget", type=float, help="Training FLOPs to spend, e.g. 1e21."),

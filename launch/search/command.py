@@ -8,13 +8,13 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from launch.options import DEVICE_OPTIONS, RUN_OPTIONS, WORKER_OPTIONS, as_argument, with_options
+from launch.options import DEVICE_OPTIONS, PATH, RUN_OPTIONS, WORKER_OPTIONS, as_argument, with_options
 from launch.output import console, emit, json_option
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path))
-@click.option("--study", type=click.Path(path_type=Path), help="Study folder (default: studies/NAME).")
+@click.argument("config", type=PATH)
+@click.option("--study", type=PATH, help="Study folder (default: studies/NAME).")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of search.")
 @click.option("--dry-run", is_flag=True, help="Say what it would cost at most; train nothing.")
 @with_options(WORKER_OPTIONS[1:] + RUN_OPTIONS + DEVICE_OPTIONS)  # all but --cell

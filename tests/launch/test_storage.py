@@ -5,7 +5,9 @@ import json
 import subprocess
 
 import pytest
+from click.testing import CliRunner
 
+from launch.cli import cli
 from scaling.config import validate_cell
 from scaling.files import CellFolder, StudyError, read_json, write_json
 from scaling.train import Execution, train
@@ -75,3 +77,20 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
             write_json(disk / "x.json", {"a": "b" * 10**6})
         assert json.loads((disk / "x.json").read_text()) == {"a": 1}
         assert [p.name for p in disk.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("status", "gs://bucket/study"),
+        ("run", "s3://bucket/study"),
+        ("launch", "tiny.json", "--study", "gs://bucket/study"),
+        ("plan", "tiny.json", "--study", "gs://bucket/study"),
+    ],
+)
+def test_a_study_in_a_bucket_is_refused_and_it_is_said_where_it_may_lie(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 2 and "'" + words[-1] + "' is a URL" in done.output
+    assert "NFS" in done.output and "copy it to the bucket" in " ".join(done.output.split())
+    assert not list(tmp_path.iterdir())  # no folder of the name gs:
