@@ -1,12 +1,13 @@
 """A study on a real Slurm of two nodes while everything that can break is broken, against an undisturbed one.
 
-Cells of one process and a cell of two nodes, in one study on a small tmpfs. Events hit it in turn: SIGKILL of
-a worker and of one process of the cell of two, ``scontrol requeue``, preemption by a job of high priority, a
-time limit, slurmd and slurmctld killed and started again, a full disk, a torn checkpoint, a second launcher.
-The clock of the workers of the second node is an hour ahead all the while. The same study then runs without
-events, and the records are compared to the byte. A launcher that ends is started again, as its message asks.
+Cells of one process and a cell of two nodes, in one study on a small tmpfs. Events hit it, each time the kind
+that has hit least often and finds something: SIGKILL of a worker and of one process of the cell of two,
+``scontrol requeue``, preemption by a job of high priority, a time limit, slurmd and slurmctld killed and
+started again, a full disk, a torn checkpoint, a second launcher. The clock of the workers of the second node
+is an hour ahead all the while. The same study then runs without events, and the records are compared to the
+byte. A launcher that ends is started again, as its message asks.
 
-    python benchmarks/chaos.py [--events 30] [--cells 6] [--tokens 4e5] [--seconds 1500] [--write]
+    python benchmarks/chaos.py [--events 30] [--cells 9] [--tokens 6e5] [--seconds 2700] [--write]
 
 Needs root and Debian's Slurm (tests/slurm_cluster.py). ``--write`` keeps benchmarks/results/chaos.md.
 """
@@ -16,11 +17,12 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import itertools
 import json
 import os
+import platform
 import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,8 +53,10 @@ if os.environ.get("SLURMD_NODENAME", "").endswith("x2"):
     own = time.time
     time.time = lambda: own() + {SKEW_SECONDS}
 """
-PAUSE_SECONDS = 4.0
+PAUSE_SECONDS = 6.0
 """Between events."""
+PAIR_SHARE = 0.1
+"""Tokens of the cell of two nodes, of another's: its steps take many times as long on one machine."""
 
 
 class Study:
@@ -249,10 +253,7 @@ def planned(folder: Path, cells: int, tokens: float) -> dict:
     rng = np.random.default_rng(0)
     for i in range(40):
         (corpus / f"{i}.txt").write_bytes(rng.integers(97, 107, 40000, dtype=np.uint8).tobytes())
-    each = [
-        tokens / 10,
-        *[tokens] * (cells - 1),
-    ]  # two processes on one machine take many times as long a step
+    each = [tokens * PAIR_SHARE, *[tokens] * (cells - 1)]
     grid = [{"params": 3e3, "tokens": d, "seed": s} for s, d in enumerate(each)]
     manifest = manifest_of(
         validate_study(tiny_study(corpus, grid={"kind": "list", "cells": grid, "min_steps": 10}))
@@ -261,7 +262,7 @@ def planned(folder: Path, cells: int, tokens: float) -> dict:
     return manifest
 
 
-def to_the_end(study: Study, seconds: float, events=None, wanted: int = 0) -> collections.Counter:
+def to_the_end(study: Study, seconds: float, events=(), wanted: int = 0) -> collections.Counter:
     """Launches and waits, with an event every so often; what hit, by kind."""
     for which in ("pair", "others"):
         study.launch(which)
@@ -272,14 +273,12 @@ def to_the_end(study: Study, seconds: float, events=None, wanted: int = 0) -> co
         time.sleep(0.5)
         study.look()
         if sum(hits.values()) < wanted and time.monotonic() > following:
-            event = next(events)
-            hit = event()
-            hits[event.__name__] += hit
-            print(
-                f"{time.strftime('%H:%M:%S')} {event.__name__}: {'hit' if hit else 'nothing there'}",
-                flush=True,
-            )
-            following = time.monotonic() + (PAUSE_SECONDS if hit else 0.5)
+            for event in sorted(events, key=lambda e: hits[e.__name__]):  # the rarest that finds something
+                if event():
+                    hits[event.__name__] += 1
+                    print(f"{time.strftime('%H:%M:%S')} {event.__name__}", flush=True)
+                    following = time.monotonic() + PAUSE_SECONDS
+                    break
     for process in study.launchers.values():
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(60)
@@ -303,9 +302,9 @@ def held_seconds(study: Study) -> tuple[float, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--events", type=int, default=30)
-    parser.add_argument("--cells", type=int, default=6)
-    parser.add_argument("--tokens", type=float, default=4e5)
-    parser.add_argument("--seconds", type=float, default=1500.0)
+    parser.add_argument("--cells", type=int, default=9)
+    parser.add_argument("--tokens", type=float, default=6e5)
+    parser.add_argument("--seconds", type=float, default=2700.0)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     if why := missing():
@@ -319,7 +318,7 @@ def main() -> int:
         with small_disk(aside / "disk") as disk, Cluster() as cluster:
             broken = Study(cluster, disk / "broken", manifest, aside)
             chaos, began = Chaos(cluster, broken), time.monotonic()
-            hits = to_the_end(broken, args.seconds, itertools.cycle(chaos.all()), args.events)
+            hits = to_the_end(broken, args.seconds, chaos.all(), args.events)
             took = time.monotonic() - began
             whole, began = Study(cluster, aside / "whole", manifest, aside), time.monotonic()
             to_the_end(whole, args.seconds)
@@ -363,16 +362,23 @@ def judge(broken: Study, whole: Study, hits: collections.Counter, took: float, u
 
 
 def page(report: dict, args) -> str:
+    import jax
+    from turns import device
+
+    slurmctld = shutil.which("slurmctld", path=slurm_cluster["SEARCHED"])
+    version = subprocess.run([slurmctld, "-V"], capture_output=True, text=True).stdout.strip()
     rows = "".join(f"| {key} | {value} |\n" for key, value in report.items() if key != "by kind")
     kinds = "".join(f"| {k.replace('_', ' ')} | {n} |\n" for k, n in report["by kind"].items())
     return (
         "# Chaos\n\n"
         f"`python benchmarks/chaos.py --events {args.events} --cells {args.cells} --tokens {args.tokens:g} "
-        "--write`: a study on a Slurm of two emulated nodes of two CPUs on one machine; one cell, a tenth as "
-        "long, is of two nodes. The same records: `result.json`, `metrics.jsonl` and `config.json` equal to "
-        "the byte with the undisturbed run. Held: from each claim to its end, start and compilation "
-        "included; in results: the training seconds that the final records stand on. A launcher that met "
+        "--write`: a study on a Slurm of two emulated nodes of two CPUs on one machine; one cell, with a "
+        "tenth of the tokens, is of two nodes. The same records: `result.json`, `metrics.jsonl` and "
+        "`config.json` equal to the byte with the undisturbed run. Held: from each claim to its end, start "
+        "and compilation included; in results: the training seconds that the final records stand on. A launcher that met "
         "the full disk ends with exit code 2 and is started again.\n\n"
+        f"{device()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}, {version}, "
+        f"Python {platform.python_version()}, jax {jax.__version__}, {time.strftime('%Y-%m-%d')}.\n\n"
         f"| | |\n|---|---|\n{rows}\n| event | hits |\n|---|---|\n{kinds}"
     )
 
