@@ -80,6 +80,7 @@ def relaunch(context, study, on, as_json, **given):
     if on in (None, engine):
         default = click.core.ParameterSource.DEFAULT
         asked = {k for k in given if context.get_parameter_source(k) is not default}
+        kept = {k: v for k, v in kept.items() if k in given}  # an earlier version may have had others
         given = kept | {k: v for k, v in given.items() if k in asked or k not in kept}
     check_engine(on or engine, given)
     return start(study, on or engine, as_json, given)
