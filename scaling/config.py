@@ -296,6 +296,11 @@ def _check_layers(model: Mapping) -> None:
                 f"mixers that do, in layers that take every token, are "
                 f"{', '.join(map(repr, layers.BIDIRECTIONAL))}"
             )
+        if layer.mixer in layers.ACROSS_DOCUMENTS and not model["cross_document"]:
+            raise ConfigError(
+                f"model.cross_document is False with a layer '{layer}', whose convolution is as long as the "
+                "row and cannot stop at a document's border; it must be True"
+            )
     checks = {"mlstm": layers.key_dim, "moe": layers.expert_dim, "monarch": layers.monarch_dim}
     for name, check in checks.items():
         if layers.has(model, name):

@@ -25,6 +25,7 @@ MIXERS = {
     "slstm": "xLSTM's scalar memory, whose exponential gates see the state: token by token",
     "min_gru": "minGRU: a gated recurrence whose gates do not see the state",
     "qlstm": "the quasi-recurrent LSTM",
+    "monarch_mixer": "a gated convolution as long as the row, by Monarch matrices",
 }
 """Mixers of tokens, and what each is."""
 
@@ -43,6 +44,7 @@ FAMILIES = {
     "differential": ("differential_attention+swiglu",),
     "moe": ("attention+moe",),
     "monarch": ("attention+monarch",),
+    "monarch_mixer": ("monarch_mixer+monarch",),
     "griffin": ("rglru+geglu", "rglru+geglu", "attention+geglu"),
     "mamba": ("mamba+none",),
     "mamba2": ("mamba2+none",),
@@ -72,6 +74,9 @@ CHOOSING = ("selective_attention", "mosa")
 BIDIRECTIONAL = ("attention", "full_attention", "differential_attention")
 """Mixers that can see both ways, as masked diffusion needs them."""
 
+ACROSS_DOCUMENTS = ("monarch_mixer",)
+"""Mixers that cannot stop at a document's border: they need ``cross_document``."""
+
 OBJECTIVES = {
     "next_token": "each token from those before it",
     "masked_diffusion": "hidden tokens from all that are in sight, before them and after",
@@ -82,7 +87,18 @@ READ = {
     "expand": ("mamba", "mamba2", "longhorn", "gated_deltanet", "min_gru", "qlstm"),
     "state_dim": ("mamba2",),
     "channel_state": ("mamba", "longhorn"),
-    "conv_width": ("rglru", "mamba", "mamba2", "longhorn", "gated_deltanet", "slstm", "min_gru", "qlstm"),
+    "conv_width": (
+        "rglru",
+        "mamba",
+        "mamba2",
+        "longhorn",
+        "gated_deltanet",
+        "slstm",
+        "min_gru",
+        "qlstm",
+        "monarch_mixer",
+    ),
+    "filter_dim": ("monarch_mixer",),
     "key_fraction": ("mlstm",),
     "rope_fraction": ATTENTION,
     **dict.fromkeys(("experts", "active_experts", "shared_experts", "expert_fraction"), ("moe",)),
@@ -242,6 +258,19 @@ def monarch_dim(model: Mapping) -> int:
             "divide both, its square at most d_model"
         )
     return width // blocks
+
+
+MONARCH_OCTAVES = 12
+"""Periods of the waves that a long convolution's filter is made of: 2, 4, ..., 2^12 tokens."""
+
+
+def monarch_lengths(seq: int) -> tuple[int, int]:
+    """p and q of the Monarch matrices that transform rows of ``seq`` tokens and as many zeros, p even.
+
+    p q >= 2 ``seq``, and of the powers of two q is that of the fewest FLOPs (``flops.entries``).
+    """
+    pairs = [(2 * math.ceil(seq / 2**i), 2**i) for i in range(seq.bit_length())]
+    return min(pairs, key=lambda pair: (pair[0] + 2) * (8 * pair[1] ** 2 + 2 * pair[0] * pair[1]))
 
 
 def capacity(experts: int, active: float, factor: float, seq: int) -> int:

@@ -72,6 +72,7 @@ VECTORS = {
     "decay",
     "skip",
     "conv_bias",
+    "filter_bias",
     *("z_bias", "i_bias", "f_bias", "o_bias"),
     "input_bias",
     "recurrence_bias",
@@ -81,9 +82,9 @@ VECTORS = {
 }
 """Names of what multiplies or adds channel by channel, beside the norms' gains."""
 
-TAPS = {"conv", "values", "keys"}
+TAPS = {"conv", "values", "keys", "filter_in", "filter_out"}
 """Names of what has the same fan-in at all widths: depthwise convolutions, a memory's keys and its values,
-which are looked up as the token table is."""
+which are looked up as the token table is, what makes a long convolution's filter of the distance."""
 
 
 @dataclasses.dataclass(frozen=True)

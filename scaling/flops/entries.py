@@ -25,8 +25,8 @@ class Entry:
       cache_values: values kept per token of context when decoding (keys and values).
       cache_window: tokens of context that are kept at most; None: all.
       cache_share: of the context, what comes here at all.
-      stopped: of ``matmul``, the products whose input gets no gradient, or a vector times a number, so that
-        their backward is once the forward, not twice.
+      stopped: of ``matmul`` and ``mixing``, the products one of whose factors gets no gradient, or a vector
+        times a number, so that their backward is once the forward, not twice.
       state_values: values kept when decoding, whatever the context.
       embedding: whether the parameters are vocabulary matrices.
     """
@@ -269,6 +269,26 @@ def slstm_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
     ]
 
 
+def monarch_mixer_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
+    """The Monarch mixer: projections, transforms of a row and back by constant matrices, the filter.
+
+    What makes the filter and transforms it is done once a step, whatever the batch, and is not counted: of
+    the transforms 1 / (2 rows) of what the rows take.
+    """
+    D, F, W = (model[k] for k in ("d_model", "filter_dim", "conv_width"))
+    p, q = layers.monarch_lengths(seq)
+    # there and back: real rows by pairs, then pairs by pairs
+    transforms = count * D * 2 * (p * q * (p + 2) + 4 * q * q * (p + 2)) / seq
+    made = count * (2 * layers.MONARCH_OCTAVES * F + F + F * D)
+    return [
+        weights("Monarch mixer projections", count * 4 * D * D),
+        Entry("Monarch mixer transforms", 0, 0, mixing=transforms, mixing_full=transforms, stopped=transforms,
+              cache_values=count * D),
+        Entry("Monarch mixer filter", made, made),
+        vectors("Monarch mixer convolution and skip", count * (3 * D * (W + 1) + D), count * 3 * D * (W - 1)),
+    ]  # fmt: skip
+
+
 def glu_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
     """Gate, up and down projections."""
     return [weights("feed-forward", count * 3 * model["d_model"] * model["ffn_dim"])]
@@ -350,6 +370,7 @@ MIXERS: dict[str, Callable] = {
     "slstm": slstm_entries,
     "min_gru": functools.partial(gated_vector_entries, gates=1, biases=1, name="minGRU"),
     "qlstm": functools.partial(gated_vector_entries, gates=3, biases=2, name="quasi-LSTM"),
+    "monarch_mixer": monarch_mixer_entries,
 }
 FEED_FORWARDS: dict[str, Callable] = {
     "swiglu": glu_entries,

@@ -138,6 +138,14 @@ def gated_vector_kept(gates: int):
     return kept
 
 
+def monarch_mixer_kept(model: Mapping, seq: int, width: int) -> Kept:
+    """Projections and their convolutions, what is convolved and comes of it, and its transform in float32."""
+    D, (p, q) = model["d_model"], layers.monarch_lengths(seq)
+    transformed = 4 * 2 * q * (p / 2 + 1) * D / seq
+    whole = (8 + width) * D + (8 + 8 * width) * D + transformed
+    return Kept(whole, width * 5 * D, 3 * transformed)
+
+
 def moe_kept(model: Mapping, seq: int, width: int) -> Kept:
     """Its input through the norm; of every place of an expert the input, five wide arrays and the output."""
     D, E, k = model["d_model"], model["experts"], model["active_experts"]
@@ -197,6 +205,7 @@ MIXERS = {
     "slstm": slstm_kept,
     "min_gru": gated_vector_kept(1),
     "qlstm": gated_vector_kept(3),
+    "monarch_mixer": monarch_mixer_kept,
 }
 FEED_FORWARDS = {"swiglu": glu_kept, "geglu": glu_kept, "moe": moe_kept, "memory": memory_kept,
                  "monarch": monarch_kept}  # fmt: skip

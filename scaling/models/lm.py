@@ -27,6 +27,7 @@ from scaling.models.min_gru import MinGRU
 from scaling.models.mlstm import MLSTM
 from scaling.models.moe import Density, MoE, sum_of
 from scaling.models.monarch import Monarch
+from scaling.models.monarch_mixer import MonarchMixer
 from scaling.models.mosa import MoSA
 from scaling.models.norm import RMSNorm
 from scaling.models.places import HERE
@@ -51,6 +52,7 @@ MIXERS = {
     "slstm": SLSTM,
     "min_gru": MinGRU,
     "qlstm": QLSTM,
+    "monarch_mixer": MonarchMixer,
 }
 FEED_FORWARDS = {"swiglu": SwiGLU, "geglu": GeGLU, "moe": MoE, "memory": Memory, "monarch": Monarch}
 

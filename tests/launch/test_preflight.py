@@ -289,6 +289,7 @@ FAMILIES = {
         {"attention_forward"},
     ),
     "monarch": ({}, {"attention_forward"}),
+    "monarch_mixer": ({"cross_document": True}, CONVOLUTION),
     "masked diffusion": (
         {"family": "transformer", "objective": "masked_diffusion"},
         {"attention_forward", "linear_cross_entropy_forward"},

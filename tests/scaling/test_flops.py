@@ -232,6 +232,38 @@ def test_ledger_of_a_family_is_its_parameters_and_every_product_that_xla_compile
         assert not work.unknown_loops and work.flops == pytest.approx(flops * B * seq, rel=1e-12), program
 
 
+@pytest.mark.slow
+def test_ledger_of_the_monarch_mixer_is_every_product_of_a_row():
+    """What one row more costs, to the last product; and what a step costs besides: filters, transformed."""
+    shape = {"layers": 2, "filter_dim": 20, "cross_document": True}
+    cfg, seq = model(family="monarch_mixer", **shape), 160
+    account, counted = ledger(cfg, seq), {}
+    for rows in (1, 3):
+        ints = jax.ShapeDtypeStruct((rows, seq), np.int32)
+        batch = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), ints)
+        batch["loss_mask"] = jax.ShapeDtypeStruct((rows, seq), np.float32)
+        params, functions = programs(cfg, batch)
+        assert account.params_total == leaves(params)
+        for program, function in functions.items():
+            work = traffic(parse(jax.jit(function).lower(params, batch).compile().as_text()), 1)
+            assert not work.unknown_loops
+            counted[program, rows] = work.flops
+    D, F, waves = 64, 20, 24
+    transforms = next(e.mixing for e in account.entries if e.name == "Monarch mixer transforms") / 2
+    filters = 2 * 2 * seq * (waves * F + F * D)
+    once = {
+        "forward": filters + seq * transforms,
+        "gradient": 2 * filters + 2 * 2 * seq * F * D + 2 * seq * transforms,
+    }
+    for program, per_token in (
+        ("forward", account.forward_flops_per_token("full")),
+        ("gradient", account.train_flops_per_token("full")),
+    ):
+        a_row = (counted[program, 3] - counted[program, 1]) / 2
+        assert a_row == pytest.approx(per_token * seq, rel=1e-12), program
+        assert counted[program, 1] - a_row == pytest.approx(once[program], rel=1e-12), program
+
+
 def test_state_and_cache_of_families_by_hand():
     """D 64, 4 heads of 16: what decoding keeps of one layer, in values of 2 bytes (cache) and 4 (state)."""
     one = lambda **changes: ledger(model(layers=1, **changes), 48)  # noqa: E731
@@ -245,6 +277,9 @@ def test_state_and_cache_of_families_by_hand():
     assert one(family="gated_deltanet").state_bytes() == 4 * (8 * 16 * 16 + 3 * 256)
     # 4 states of 8 x 17 (its normaliser) and the stabiliser
     assert one(family="xlstm").state_bytes() == 4 * (4 * 8 * 17 + 4)
+    # what is convolved, of every token before; 2 inputs of three convolutions
+    mixer = one(family="monarch_mixer", cross_document=True, conv_width=3)
+    assert mixer.decode_bytes(100) == 100 * 64 * 2 + 4 * 3 * 2 * 64
     griffin = ledger(model(family="griffin", layers=3, local_window=16), 48)
     assert griffin.decode_bytes(100) == 2 * 4 * 64 * 4 + 16 * 2 * 64 * 2
     # the recurrence itself: two products of the state's size a token and head, whatever the length
@@ -369,6 +404,12 @@ MEMORY_CASES = {
     "mosa": ({"family": "hybrid", "pattern": ["mosa"], "layers": 4}, 4, 256),
     "selective": ({"family": "hybrid", "pattern": ["selective_attention"], "layers": 4}, 4, 256),
     "monarch": ({"family": "monarch", "layers": 4}, 4, 256),
+    "monarch_mixer": ({"family": "monarch_mixer", "layers": 4, "cross_document": True}, 4, 256),
+    "monarch_mixer, bfloat16": (
+        {"family": "monarch_mixer", "layers": 4, "cross_document": True, "dtype": "bfloat16"},
+        8,
+        512,
+    ),
     "moe": (
         {"family": "moe", "layers": 4, "experts": 4, "shared_experts": 1, "expert_fraction": 0.5},
         4,

@@ -46,6 +46,7 @@ CASES = {
     },
     "relu": {"family": "moe", "experts": 5, "router": "relu", "capacity_factor": 9.0},
     "monarch": {"family": "monarch"},
+    "monarch_mixer": {"family": "monarch_mixer", "filter_dim": 12, "cross_document": True},
     "memory": {
         "family": "hybrid",
         "pattern": ["attention", "min_gru+memory"],
@@ -322,7 +323,15 @@ def test_the_backward_scan_of_slstm_is_the_slope_of_its_recurrence():
     assert slope == pytest.approx(want, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", slow_but(("griffin", "mamba2", "gated_deltanet", "xlstm", "moe"), CASES))
+ONE_STREAM = ("monarch_mixer",)  # documents are not told apart
+
+
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        ("griffin", "mamba2", "gated_deltanet", "xlstm", "moe"), [n for n in CASES if n not in ONE_STREAM]
+    ),
+)
 def test_causal_documents_apart_and_the_same_however_it_runs(name):
     cfg = model(**CASES[name])
     rng = np.random.default_rng(0)
@@ -397,7 +406,7 @@ def test_every_parameter_has_a_rule(name):
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         inside = path[0].key == "blocks"
         matrix = leaf.ndim - inside >= 2 and path[-1].key != "a_log"  # decay rates, a channel and state
-        taps = path[-1].key in ("conv", "values", "keys")
+        taps = path[-1].key in ("conv", "values", "keys", "filter_in", "filter_out")
         gain = path[-2].key.endswith("norm") if len(path) > 1 else False
         assert decays(path, leaf) == (matrix and not gain), path
         assert is_hidden_matrix(path, leaf) == (inside and matrix and not taps and not gain), path
@@ -405,6 +414,7 @@ def test_every_parameter_has_a_rule(name):
     expected = {"out": 0.5, "conv": 1.0, "a_log": 1.0, "input_gate": 1.0, "dt": 0.5, "i_bias": 1.0}
     expected |= {"gate_second": 0.5, "down_first": 0.5, "down_second": 0.5}
     expected |= {"z_recurrent": 1.0, "o_bias": 1.0, "dt_up": 0.5, "router": 0.5, "lambda_q1": 1.0}
+    expected |= {"filter_in": 1.0, "filter_out": 1.0, "filter_bias": 1.0, "skip": 1.0}
     assert all(lr[k] == v for k, v in expected.items() if k in lr)
 
 
@@ -418,6 +428,7 @@ def test_every_parameter_has_a_rule(name):
         ("xlstm", ("mup",)),
         *((name, ("mup",)) for name in ("differential", "mamba", "longhorn", "slstm", "min_gru", "qlstm")),
         *((name, ("mup",)) for name in ("moe", "mixture_of_depths", "selective", "mosa", "monarch")),
+        ("monarch_mixer", ("mup",)),
     ],
 )
 def test_coordinates_keep_their_size_in_width_under_mup(name, rules):
@@ -462,7 +473,7 @@ def test_bfloat16_is_near_float32():
     tokens = np.random.default_rng(0).integers(0, 61, (B, T))
     error = {}
     recurrent = ("griffin", "mamba", "mamba2", "longhorn", "gated_deltanet", "xlstm", "slstm", "min_gru",
-                 "qlstm")  # fmt: skip
+                 "qlstm", "monarch_mixer")  # fmt: skip
     for name in (*recurrent, "differential"):
         cfg = model(**CASES[name])
         params = init_params(cfg, 0)
@@ -506,6 +517,7 @@ def test_bfloat16_is_near_float32():
             {"family": "monarch", "monarch_blocks": 5},
             "model.monarch_blocks is 5 with d_model 32 and ffn_dim 48",
         ),
+        ({"family": "monarch_mixer"}, "model.cross_document is False with a layer 'monarch_mixer"),
         ({"family": "monarch", "monarch_blocks": 8}, "it must divide both, its square at most d_model"),
         ({"memory_keys": 8}, "model.memory_keys is 8 with model.family = 'transformer'"),
         ({"family": "moe", "router": "best"}, "model.router is 'best'"),
