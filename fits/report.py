@@ -45,6 +45,7 @@ def write_report(
     against: Fit | str | os.PathLike | None = None,
     against_flops: Callable | None = None,
     against_name: str = "the other",
+    frontiers: Sequence[Mapping] | None = None,
 ) -> Path:
     """Writes the report of a fit, and its figures as PNG files.
 
@@ -64,6 +65,7 @@ def write_report(
       laws: forms to forecast with beside the fit's own; default the sums of powers in the same variables,
         since any other must first be compiled, which takes seconds.
       against: a fit of another study, or its file, to compare with; its FLOPs and its name.
+      frontiers: exponents of each family beside the truth, as ``scaling fit --by family --json`` prints them.
 
     Returns:
       The path of the HTML file. The same inputs give the same bytes.
@@ -96,6 +98,8 @@ def write_report(
     figures |= _further_figures(fit, further, frontier)
     context = _context(fit, compared, points, answers, manifest, table, commands)
     context |= _further_words(further) | _explorer(fit, flops, answers) | _shown(figures)
+    context["problems"] = study_words.frontier_table(frontiers) if frontiers else None
+    context["warnings"] += study_words.frontier_warnings(frontiers or ())
     if study is not None:
         said, warnings = study_words.bracket_sentences(study)
         context["warnings"] += warnings

@@ -158,6 +158,37 @@ def exponents_table(approaches: Mapping | None) -> dict[str, Any] | None:
     return {"head": head, "rows": rows}
 
 
+def frontier_table(rows: Sequence[Mapping]) -> dict[str, Any]:
+    """Each family's exponents, measured, true at these budgets, and without bound."""
+    out = []
+    for row in rows:
+        truth, line = row["truth"], [row["group"]]
+        for key in ("a", "loss"):
+            known = row["refused"] is None
+            line += [number(row[k] if known else None, "g4") for k in (key, f"{key}_stderr")]
+            line += [number(truth[t][key] if truth else None, "g4") for t in ("here", "limit")]
+        verdict = {None: "", True: "agrees", False: "does not agree"}[row["holds"]]
+        out.append([*line, row["refused"] or verdict])
+    head = ["family"]
+    for name in ("a of N* ~ C^a", "x of loss* ~ C^-x"):
+        head += [name, "standard error", "true here", "true in the limit"]
+    return {"head": [*head, ""], "rows": out}
+
+
+def frontier_warnings(rows: Sequence[Mapping]) -> list[str]:
+    """What to doubt of a fit to several problems, and of exponents that miss a known truth."""
+    out = []
+    if len(rows) > 1:
+        out.append(
+            f"The runs are of {len(rows)} problems, and the law was fitted to all of them together: read "
+            "each family's exponents instead."
+        )
+    off = [row["group"] for row in rows if row["holds"] is False]
+    if off:
+        out.append(f"The exponents of {', '.join(off)} do not agree with what is known of them.")
+    return out
+
+
 def run_table(table: pd.DataFrame) -> dict[str, Any]:
     """One line a cell: what it was, what came out, what it took."""
     final = final_rows(table)

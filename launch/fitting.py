@@ -324,6 +324,14 @@ def report(path: Path, out: Path | None, budget, unique_tokens, against: Path | 
                 **asked,
             )  # fmt: skip
             answer = {**again.to_dict(), "command": answer["command"]}
+    frontiers = None
+    if study is not None and "trainer" in read_manifest(study)["config"]:
+        from launch.frontiers import of_groups
+
+        method, data = fitted.method, fitted.data
+        units = {"token_unit": data["units"]["tokens"], "param_unit": data["units"]["params"]}
+        reading = {"columns": data["columns"], **units}
+        frontiers = of_groups(study, "family", method["seed"], method["bootstraps"], reading)
     compared = file.with_name(file.stem + ".approaches.json")
     commands = [read_json(p)["fit"] for p in [file.with_name(file.stem + ".command.json")] if p.exists()]
     commands += [answer["command"]] if answer and "command" in answer else []
@@ -337,6 +345,7 @@ def report(path: Path, out: Path | None, budget, unique_tokens, against: Path | 
         commands=[*commands, command_line()],
         ask=[q for q in QUESTIONS if q not in without],
         laws=laws,
+        frontiers=frontiers,
         **({} if against is None else other_study(against, fitted)),
     )
 

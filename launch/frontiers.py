@@ -33,15 +33,20 @@ def frontiers(path: Path, by: str, options: dict) -> list[dict]:
     Raises:
       ConfigError: no such column.
     """
+    return of_groups(path, by, options["seed"], options["bootstraps"], reading_options(options))
+
+
+def of_groups(path: Path, by: str, seed: int, draws: int, reading: dict) -> list[dict]:
+    """``frontiers`` with the seed and number of simulated tables; reading: see ``fits.fit_table``."""
     table = read_table(path)
     if by not in table:
         raise ConfigError(f"--by is {by!r}; the table has the columns {', '.join(table.columns)}")
     truths = read_manifest(path).get("truths", {}) if is_study(path) else {}
-    reading, rows = reading_options(options), []
+    rows = []
     for group, part in table.groupby(by, sort=False):
         row = {"group": str(group), "truth": truths.get(str(group)), "holds": None, "refused": None}
         try:
-            found = frontier_exponents(part, seed=options["seed"], draws=options["bootstraps"], **reading)
+            found = frontier_exponents(part, seed=seed, draws=draws, **reading)
         except fits.FitError as error:
             rows.append({**row, "refused": str(error), "holds": None if row["truth"] is None else False})
             continue

@@ -64,7 +64,9 @@ def read_cells(study: Path, overrides: Iterable[str] = ()) -> tuple[list[dict], 
       ConfigError, StudyError: no such study or config, or data that is needed and not there.
     """
     if study.is_dir():
-        return read_manifest(study)["cells"], None
+        manifest = read_manifest(study)
+        refuse(manifest["config"], "scaling preflight")
+        return manifest["cells"], None
     settings = load_study(study, list(overrides))
     refuse(settings, "scaling preflight")
     if "vocab" in settings["model"]:
