@@ -19,7 +19,7 @@ from launch.options import (
     with_options,
 )
 from launch.output import console, emit, json_option
-from scaling.files import StudyError, write_whole
+from scaling.files import CellFolder, StudyError, write_whole
 
 study_argument = click.argument("study", type=PATH)
 ON = click.Choice(["local", "slurm", "jobset", "skypilot"])
@@ -210,7 +210,10 @@ def start(study: Path, on: str, as_json: bool, given: dict) -> int | None:
     if on == "local":
         return run_here(study, cells, workers, cores, as_json, options, keep)
     from launch import pods
+    from launch.engine import Group, ids
 
+    if all(CellFolder(study, name).result.exists() for name in ids(Group(study, tuple(cells)))):
+        return say_nothing_to_do(study, cells, as_json)
     done = pods.write(on, study, target, settings, out, cells, options)
     keep()
     said = "{jobs} jobs of {cells} cells on {target}: see {folder}/README.md".format(**done)

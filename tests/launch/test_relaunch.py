@@ -50,6 +50,9 @@ def test_files_for_pods_are_written_anew_for_what_is_missing(study, tmp_path):
     assert all("1,8,1" in yaml.dump(j) and "registry.example/x:7" in yaml.dump(j) for j in jobs(out).values())
     with pytest.raises(StudyError, match="writes files and submits nothing: add --dry-run"):
         call("relaunch", study)
+    for entry in read_manifest(study)["cells"]:
+        write_json(CellFolder(study, entry["id"]).result, {})
+    assert "nothing to do: all 3 cells" in call("relaunch", study, "--dry-run")
 
 
 def test_options_are_those_of_the_last_launch_unless_given(study, monkeypatch):
