@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from scaling.attempts import attempts_begun, attempts_of, tally
 from scaling.branches import spent_flops
@@ -20,6 +19,9 @@ from scaling.config import cell_id, validate_cell
 from scaling.files import CellFolder, StudyError, read_json, read_jsonl, write_whole
 from scaling.sentinels import brackets, words
 from scaling.trainers import account_of, columns_of, tokens_per_step
+
+if TYPE_CHECKING:  # a second of start that workers and status need not wait for
+    import pandas as pd
 
 RESULTS = ("finished", "diverged")
 STATUSES = ("finished", "diverged", "failed", "preempted", "running", "planned")
@@ -131,6 +133,8 @@ def collect(study: Path | str) -> pd.DataFrame:
     rows = []
     for entry in manifest["cells"]:
         rows += cell_rows(manifest, entry, CellFolder(study, entry["id"]))
+    import pandas as pd
+
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -251,6 +255,8 @@ def bracket_words(study: Path | str) -> list[tuple[str, bool]]:
 
 def curves(study: Path | str) -> dict[str, pd.DataFrame]:
     """Training curves: cell id to a table with step, tokens, loss, grad_norm, lr (logged steps)."""
+    import pandas as pd
+
     out = {}
     for entry in read_manifest(study)["cells"]:
         rows = [r for r in read_jsonl(CellFolder(study, entry["id"]).metrics) if "loss" in r]
@@ -297,7 +303,7 @@ def check_cells(study: Path | str) -> None:
             )
 
 
-def _read_separated(path: Path, separator: str) -> pd.DataFrame:
+def _read_separated(pd, path: Path, separator: str) -> pd.DataFrame:
     """A CSV or TSV file; pandas would rename a second column of one name, and the first be used unsaid."""
     names = [str(n).strip() for n in pd.read_csv(path, sep=separator, header=None, nrows=1).iloc[0]]
     twice = [n for n in names if names.count(n) > 1 and n != "nan"]
@@ -310,11 +316,12 @@ def _read_separated(path: Path, separator: str) -> pd.DataFrame:
 
 
 READERS = {
-    ".csv": lambda path: _read_separated(path, ","),
-    ".tsv": lambda path: _read_separated(path, "\t"),
-    ".parquet": pd.read_parquet,
-    ".jsonl": lambda path: pd.read_json(path, lines=True),
+    ".csv": lambda pd, path: _read_separated(pd, path, ","),
+    ".tsv": lambda pd, path: _read_separated(pd, path, "\t"),
+    ".parquet": lambda pd, path: pd.read_parquet(path),
+    ".jsonl": lambda pd, path: pd.read_json(path, lines=True),
 }
+"""Of run tables by their ending: (pandas, path) to a table."""
 
 
 def read_table(path: Path | str) -> pd.DataFrame:
@@ -323,6 +330,8 @@ def read_table(path: Path | str) -> pd.DataFrame:
     Raises:
       StudyError: the path is missing, unreadable, empty or of another kind.
     """
+    import pandas as pd
+
     path = Path(path)
     kinds = ", ".join(READERS)
     if (path / "manifest.json").exists():
@@ -332,7 +341,7 @@ def read_table(path: Path | str) -> pd.DataFrame:
     if not path.is_file():
         raise StudyError(f"{path} is not a file; give a study folder or a run table in {kinds}")
     try:
-        table = READERS[path.suffix.lower()](path)
+        table = READERS[path.suffix.lower()](pd, path)
     except Exception as error:  # pandas raises a kind per format; the user needs the file and the words
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise StudyError(f"{path} cannot be read as a table: {reason}") from error

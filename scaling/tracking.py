@@ -14,10 +14,12 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from scaling.files import StudyError
+
+if TYPE_CHECKING:  # as in scaling.records
+    import pandas as pd
 
 BLOCK = 32768
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
@@ -106,6 +108,8 @@ def read_wandb(folder: Path | str) -> pd.DataFrame:
     Raises:
       StudyError: no wandb file below the folder, or wandb is not installed.
     """
+    import pandas as pd
+
     rows: dict[str, dict] = {}
     for run in read_attempts(folder):
         row = rows.setdefault(run["id"], {"run_id": run["id"]})
@@ -120,6 +124,8 @@ def read_wandb_history(folder: Path | str) -> pd.DataFrame:
 
     Args, raises: as ``read_wandb``.
     """
+    import pandas as pd
+
     rows: dict[tuple, dict] = {}
     for run in read_attempts(folder):
         for item in run["history"]:

@@ -71,7 +71,9 @@ def test_fits_imports_of_scaling():
         ("import fits", {"flax", "optax", "orbax", "jax", "matplotlib"}),
         ("import scaling", {"jax", "numpy"}),
         ("import scaling.flops", {"jax", "flax"}),
-        ("import scaling.records", {"jax", "flax"}),
+        ("import scaling.records", {"jax", "flax", "pandas"}),
+        ("import scaling.train", {"pandas"}),
+        ("import launch.cli, launch.show_status", {"jax", "pandas"}),
     ],
 )
 def test_light_imports(statement, absent):
