@@ -112,11 +112,11 @@ def check_blocks(cell: Mapping) -> None:
             f"eval.block_divergence is {evaluation['block_divergence']} with eval.block_choice = {choice!r}, "
             "which does not read it; it is for 'flexprefill'"
         )
-    in_order = layers.has(model, *set(layers.ATTENTION) - set(layers.CHOOSING))
-    if threshold is not None and (not in_order or layers.has(model, layers.ROUTED, *layers.CHOOSING)):
+    in_order = layers.has(model, *set(layers.ATTENTION) - set(layers.NOT_IN_BLOCKS))
+    if threshold is not None and (not in_order or layers.has(model, layers.ROUTED, *layers.NOT_IN_BLOCKS)):
         raise ConfigError(
             f"eval.block_threshold is {threshold!r} with model.family = {model['family']!r}; it must be None "
-            "but for models with attention, none of whose layers choose tokens"
+            "but for models with attention, none of whose layers choose tokens or see checkpoints alone"
         )
 
 

@@ -16,6 +16,7 @@ MIXERS = {
     "differential_attention": "the difference of two softmaxes, windowed as attention is",
     "selective_attention": "attention of tokens that a gate picks under a budget, windowed as attention is",
     "mosa": "mixture of sparse attention: heads that each choose their tokens",
+    "checkpoint_attention": "attention to the last token of every segment, and to oneself",
     "rglru": "Griffin's recurrent block: convolution and RG-LRU, a gated linear recurrence",
     "mamba": "Mamba: a selective scan, a small state a channel",
     "mamba2": "Mamba-2: state-space duality, one decay a head",
@@ -53,12 +54,14 @@ FAMILIES = {
     "xlstm": ("mlstm+swiglu",),
     "min_gru": ("min_gru+swiglu",),
     "qlstm": ("qlstm+swiglu",),
+    "scout": ("mamba+swiglu", "checkpoint_attention+swiglu"),
     "mixture_of_depths": ("attention+swiglu", "routed:attention+swiglu"),
     "hybrid": None,
 }
 """``model.family`` to its layers, again and again from the first on; 'hybrid' has those of ``pattern``."""
 
-ATTENTION = ("attention", "full_attention", "differential_attention", "selective_attention", "mosa")
+ATTENTION = ("attention", "full_attention", "differential_attention", "selective_attention", "mosa",
+             "checkpoint_attention")  # fmt: skip
 WHOLE = ("mamba", "mamba2", "longhorn")
 """Mixers that are a layer by themselves: no feed-forward where none is named."""
 
@@ -70,6 +73,9 @@ BY_DEPTH = ("differential_attention",)
 
 CHOOSING = ("selective_attention", "mosa")
 """Mixers that choose among tokens: they are told whether it is training, and add to its loss."""
+
+NOT_IN_BLOCKS = (*CHOOSING, "checkpoint_attention")
+"""Mixers with attention that is not of rows in order, so that blocks of it cannot be chosen at evaluation."""
 
 BIDIRECTIONAL = ("attention", "full_attention", "differential_attention")
 """Mixers that can see both ways, as masked diffusion needs them."""
@@ -109,6 +115,7 @@ READ = {
     **dict.fromkeys(("memory_keys", "memory_heads", "memory_top"), ("memory",)),
     "monarch_blocks": ("monarch",),
     **dict.fromkeys(("sparse_heads", "head_capacity"), ("mosa",)),
+    "segment_length": ("checkpoint_attention",),
     "depth_capacity": (ROUTED,),
 }
 """Fields of ``model`` that some mixers or feed-forwards alone read, or routed layers."""
@@ -281,6 +288,11 @@ def capacity(experts: int, active: float, factor: float, seq: int) -> int:
 def depth_places(share: float, seq: int) -> int:
     """Tokens of a row of ``seq`` that a routed layer takes: its share, rounded up."""
     return max(1, math.ceil(round(share * seq, 9)))
+
+
+def checkpoints(segment: int, seq: int) -> int:
+    """Places for the checkpoints of a row of ``seq`` tokens; one at least, which may be empty."""
+    return max(1, seq // segment)
 
 
 def budget_tokens(model: Mapping, seq: int) -> int:

@@ -151,6 +151,7 @@ SCHEMA: dict[str, dict[str, Field]] = {
         "budget_loss": _nonnegative(1.0, later=True),
         "monarch_blocks": _positive_int(4, later=True),
         "filter_dim": _positive_int(64, later=True),
+        "segment_length": _positive_int(16, later=True),
     },
     "data": {
         "source": _choice(*FILE_SOURCES, *SYNTHETIC_SOURCES, "mixture", default="stdlib"),

@@ -169,6 +169,24 @@ def mosa_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
     ]
 
 
+def checkpoint_attention_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
+    """Attention to itself and to the checkpoints before; "full" has every place of a checkpoint in a row."""
+    s, per_pair = model["segment_length"], count * 4 * model["heads"] * model["head_dim"]
+    whole, rest = divmod(seq, s)
+    # of the tokens of each segment as many as segments are before it
+    pairs = s * whole * (whole - 1) / 2 + rest * whole + seq
+    entries = []
+    for entry in attention_entries(model, seq, count, full=True):
+        name = entry.name.replace("full attention", "checkpoint attention")
+        if entry.mixing:
+            full = per_pair * layers.checkpoints(s, seq)
+            entry = dataclasses.replace(
+                entry, mixing=per_pair * pairs / seq, mixing_full=full, cache_share=1 / s
+            )
+        entries.append(dataclasses.replace(entry, name=name))
+    return entries
+
+
 def rglru_entries(model: Mapping, seq: int, count: int) -> list[Entry]:
     """Griffin's block: two projections in and one out, a convolution, block-diagonal gates, vectors."""
     D, N, H, W = (model[k] for k in ("d_model", "heads", "head_dim", "conv_width"))
@@ -361,6 +379,7 @@ MIXERS: dict[str, Callable] = {
     "differential_attention": differential_attention_entries,
     "selective_attention": selective_attention_entries,
     "mosa": mosa_entries,
+    "checkpoint_attention": checkpoint_attention_entries,
     "rglru": rglru_entries,
     "mamba": functools.partial(selective_entries, rates=True, name="Mamba"),
     "mamba2": mamba2_entries,

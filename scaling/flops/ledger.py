@@ -50,7 +50,8 @@ DEFAULTS = {
     "expand": 2, "state_dim": 128, "conv_width": 4, "key_fraction": 0.5, "channel_state": 16,
     "experts": 8, "active_experts": 2, "shared_experts": 0, "expert_fraction": 1.0, "capacity_factor": 1.5,
     "router": "chosen",
-    "filter_dim": 64, "memory_keys": 32, "memory_heads": 4, "memory_top": 16, "monarch_blocks": 4,
+    "filter_dim": 64, "segment_length": 16,
+    "memory_keys": 32, "memory_heads": 4, "memory_top": 16, "monarch_blocks": 4,
     "depth_capacity": 0.125, "attention_budget": 0.15, "sparse_heads": 2, "head_capacity": 0.125,
 }  # fmt: skip
 """Of the fields of ``model`` that the ledger reads and that may be left out."""
@@ -224,5 +225,6 @@ def _keys(model: Mapping, seq: int, *, routed: bool = False) -> float:
     square = {
         "selective_attention": chosen * chosen / seq,
         "mosa": model["sparse_heads"] * taken * taken / seq,
+        "checkpoint_attention": layers.checkpoints(model["segment_length"], seq),
     }
     return sum(mixers[m] * square.get(m, seq) for m in layers.ATTENTION)

@@ -120,6 +120,19 @@ def mosa_kept(model: Mapping, seq: int, width: int) -> Kept:
     return Kept(whole, inside.products + width * moved + 12 * heads, inside.more + 8 * moved)
 
 
+def checkpoint_attention_kept(model: Mapping, seq: int, width: int) -> Kept:
+    """As attention, of as many keys as there are checkpoints; the sum with what a token sees of itself."""
+    D, N = model["d_model"], model["heads"]
+    q, kv = N * model["head_dim"], model["kv_heads"] * model["head_dim"]
+    places = layers.checkpoints(model["segment_length"], seq)
+    in_full = seq * places <= attention.FULL_LOGITS_ON_CPU
+    scores = N * places if in_full else 0
+    chunk = 0 if in_full else 4 * 4 * N * attention.CHUNKS[0] * attention.CHUNKS[1] / seq
+    mixed = (4 if width == 4 else 6) * scores + width * q + 4 * N
+    whole = (8 + width) * D + (8 + 2 * width) * (q + kv) + mixed + 12 * N + 8 * q
+    return Kept(whole, width * (D + q + 2 * kv), 8 * scores + chunk)
+
+
 def selective_kept(model: Mapping, seq: int, width: int) -> Kept:
     """Projections, the convolution, the step in float32, output and gate; the states of chunks."""
     D, R, S = model["d_model"], layers.inner_width(model), model["channel_state"]
@@ -196,6 +209,7 @@ MIXERS = {
     "differential_attention": differential_kept,
     "selective_attention": selective_attention_kept,
     "mosa": mosa_kept,
+    "checkpoint_attention": checkpoint_attention_kept,
     "rglru": rglru_kept,
     "mamba": selective_kept,
     "mamba2": mamba2_kept,
@@ -232,7 +246,8 @@ def memory_bytes(
     """An estimate of the memory of one training step on one device, scanned layers.
 
     Seen 21 % below (bfloat16, jax 0.10.2) to 14 % above what XLA:CPU sets aside for an AdamW step, over
-    widths 64 to 128, 2 to 6 layers, vocabularies to 50,304, both dtypes and all remat policies. The
+    widths 64 to 128, 2 to 6 layers, vocabularies to 50,304, both dtypes and all remat policies; of Mamba
+    layers among others in a short stack to 29 % above. The
     probabilities count in full where attention keeps them on a CPU (rows of up to 256 tokens), else a
     chunk of them.
 

@@ -15,6 +15,7 @@ from scaling import layers, parametrization
 from scaling.config import ConfigError, as_static
 from scaling.models import init
 from scaling.models.attention import Attention, rope_table
+from scaling.models.checkpoint_attention import CheckpointAttention
 from scaling.models.depth_router import DepthRouter
 from scaling.models.differential_attention import DifferentialAttention
 from scaling.models.gated_deltanet import GatedDeltaNet
@@ -43,6 +44,7 @@ MIXERS = {
     "differential_attention": lambda cfg, rngs: DifferentialAttention(cfg, rngs, cfg["local_window"]),
     "selective_attention": lambda cfg, rngs: SelectiveAttention(cfg, rngs, cfg["local_window"]),
     "mosa": MoSA,
+    "checkpoint_attention": CheckpointAttention,
     "rglru": RGLRU,
     "mamba": Mamba,
     "mamba2": Mamba2,
@@ -347,8 +349,11 @@ def make_apply(
     if remat not in REMAT:
         raise ConfigError(f"remat is {remat!r}; it must be one of {', '.join(map(repr, REMAT))}")
     cfg = dict(model_cfg)
-    if blocks is not None and layers.has(cfg, layers.ROUTED, *layers.CHOOSING):
-        raise ConfigError("blocks are given for a model whose layers choose tokens; they need rows in order")
+    if blocks is not None and layers.has(cfg, layers.ROUTED, *layers.NOT_IN_BLOCKS):
+        raise ConfigError(
+            "blocks are given for a model whose layers choose tokens or see checkpoints alone; they need "
+            "rows in order"
+        )
 
     def make(key):
         parts = {**cfg, "matmul": matmul, "places": places, "blocks": blocks}

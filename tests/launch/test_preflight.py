@@ -289,6 +289,10 @@ FAMILIES = {
         {"attention_forward"},
     ),
     "monarch": ({}, {"attention_forward"}),
+    "scout": (
+        {"layers": 4},
+        {"attention_forward", "attention_backward_q", "linear_scan", "linear_scan_backward"} | CONVOLUTION,
+    ),
     "monarch_mixer": ({"cross_document": True}, CONVOLUTION),
     "masked diffusion": (
         {"family": "transformer", "objective": "masked_diffusion"},

@@ -22,6 +22,7 @@ OWN = {
     "moe": {"experts": 4, "expert_fraction": 0.5},
     "mixture_of_depths": {"depth_capacity": 0.25},
     "hybrid": {"pattern": ["gated_deltanet", "attention+geglu"], "local_window": 32},
+    "scout": {"channel_state": 8},
     "monarch_mixer": {"cross_document": True},
     "relu": {"family": "moe", "experts": 4, "expert_fraction": 0.5, "router": "relu"},
     "selective": {"family": "hybrid", "pattern": ["mamba2", "selective_attention"], "state_dim": 16},

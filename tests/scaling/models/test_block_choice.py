@@ -144,6 +144,7 @@ def test_a_record_has_the_loss_by_blocks_at_its_last_evaluation(corpus, tmp_path
         ),
         ({"eval": {"block": 12, "block_threshold": 0.5}}, "eval.block is 12"),
         ({"model": {"family": "min_gru"}, "eval": {"block_threshold": 0.5}}, "for models with attention"),
+        ({"model": {"family": "scout"}, "eval": {"block_threshold": 0.5}}, "see checkpoints alone"),
         ({"model": {"family": "mixture_of_depths"}, "eval": {"block_threshold": 0.5}}, "choose tokens"),
     ],
 )

@@ -71,6 +71,7 @@ CASES["selective"] = {
     "pattern": ["mamba2", "selective_attention"],
     **{"state_dim": 12, "attention_budget": 0.4, "local_window": 6, "layers": 2},
 }
+CASES["scout"] = {"family": "scout", "channel_state": 5, "segment_length": 5}
 CASES["mosa"] = {
     "family": "hybrid",
     "pattern": ["attention", "mosa"],
@@ -427,7 +428,7 @@ def test_every_parameter_has_a_rule(name):
         ("gated_deltanet", ("mup",)),
         ("xlstm", ("mup",)),
         *((name, ("mup",)) for name in ("differential", "mamba", "longhorn", "slstm", "min_gru", "qlstm")),
-        *((name, ("mup",)) for name in ("moe", "mixture_of_depths", "selective", "mosa", "monarch")),
+        *((name, ("mup",)) for name in ("moe", "mixture_of_depths", "selective", "mosa", "monarch", "scout")),
         ("monarch_mixer", ("mup",)),
     ],
 )
