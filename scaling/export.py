@@ -45,11 +45,10 @@ EXPRESSED = {
 
 def check_expressible(cell: Mapping) -> None:
     """Raises ``ConfigError`` naming the first field of a cell that no architecture here expresses."""
+    family = cell["model"]["family"]
+    if family != "transformer":
+        raise ConfigError(f"model.family is {family!r}; only 'transformer' has an architecture to export to")
     model, _ = fold(cell["model"], {})
-    if model["family"] != "transformer":
-        raise ConfigError(
-            f"model.family is {model['family']!r}; only 'transformer' has an architecture to export to"
-        )
     for name, field in SCHEMA["model"].items():
         if name not in EXPRESSED and model[name] != field.default:
             raise ConfigError(

@@ -48,7 +48,7 @@ from collections.abc import Mapping
 
 import jax
 
-from scaling.layers import branches
+from scaling.layers import ATTENTION, branches, has, pattern
 
 STANDARD = "standard"
 NAMES = (STANDARD, "mup", "completep")
@@ -196,29 +196,56 @@ def _scales(path: tuple[str, ...], ratios: Ratios) -> tuple[float, float, float]
 def fold(model: Mapping, params) -> tuple[dict, dict]:
     """The same function of its inputs as a model of the standard parametrization.
 
-    The multipliers go into weights: of the branches into the matrices that write to the stream, of the
-    logits into the final norm's gain, of q k^T into the queries' norm or matrix. What is folded serves for
-    inference and export; it does not train alike.
+    The multipliers go into weights: of the branches into the matrices that write to the stream (or the gains
+    of the norms after them), of the logits into the final norm's gain, of q k^T into the queries' norm or
+    matrix. What is folded serves for inference and export; it does not train alike.
 
     Args:
-      model: the ``model`` section of a cell config.
+      model: the ``model`` section of a cell config, of any family or pattern.
       params: its parameters.
 
     Returns:
       A ``model`` section of the standard parametrization, and its parameters.
+
+    Raises:
+      ValueError: queries of length one, which have no weight for the multiplier of q k^T.
     """
     usual = {k: None for k in model if k.startswith("base_")} | {"parametrization": STANDARD}
-    branch, logits = branch_multiplier(model), logit_multiplier(model)
+    kinds = pattern(model)
     query = 1 / math.sqrt(Ratios.of(model).head)
-    factors = {
-        ("blocks", "mixer", "out"): branch,
-        ("blocks", "ffn", "down"): branch,
-        ("final_norm", "scale"): logits,
-        ("blocks", "mixer", "q_norm", "scale") if model["qk_norm"] else ("blocks", "mixer", "q"): query,
-    }
+    if query != 1 and has(model, "gated_deltanet"):
+        raise ValueError(
+            f"model.base_head_dim is {model['base_head_dim']} with head_dim {model['head_dim']} beside "
+            "'gated_deltanet', whose queries have length one; both must be equal to fold the scale"
+        )
+
+    def factor(names):
+        if names == ("final_norm", "scale"):
+            return logit_multiplier(model)
+        if names[0] != "blocks":
+            return 1.0
+        # of several kinds of layers each has its place in the pattern before its name
+        place, own = (0, names[1:]) if len(kinds) == 1 else (int(names[1].split("_")[0]), names[2:])
+        last = own[-2:] if model["post_norm"] else own[-1:]
+        if last in (POST_NORMS if model["post_norm"] else LAST):
+            return branch_multiplier(model)
+        return query if own == _queries(model, kinds[place].mixer) else 1.0
 
     def folded(path, leaf):
-        factor = factors.get(tuple(str(getattr(k, "key", k)) for k in path), 1.0)
-        return leaf if factor == 1 else leaf * factor
+        by = factor(tuple(str(getattr(k, "key", k)) for k in path))
+        return leaf if by == 1 else leaf * by
 
     return {**model, **usual}, jax.tree_util.tree_map_with_path(folded, params)
+
+
+LAST = {("out",), ("down",), ("down_second",)}
+"""Names of the matrices that a mixer or a feed-forward ends in."""
+
+POST_NORMS = {("mixer_post_norm", "scale"), ("ffn_post_norm", "scale")}
+
+
+def _queries(model: Mapping, mixer: str) -> tuple[str, ...] | None:
+    """Names of what sets the size of a mixer's queries, where ``attention_scale`` is read."""
+    if mixer in ATTENTION and model["qk_norm"]:
+        return "mixer", "q_norm", "scale"
+    return ("mixer", "q") if mixer in (*ATTENTION, "mlstm") else None

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from all_but import slow_but
 from flax import nnx
 
 from scaling.config import SCHEMA, ConfigError, validate_cell, validate_section
@@ -188,6 +189,41 @@ def test_folded_into_the_standard_parametrization(changes):
     # the same products in another order of rounding
     np.testing.assert_allclose(standard(folded, inputs), wanted, atol=2e-6, rtol=2e-5)
     assert float(jnp.max(jnp.abs(standard(params, inputs) - wanted))) > 0.05
+
+
+PATTERNS = {
+    "every feed-forward": {
+        "pattern": ["attention", "mlstm+moe", "full_attention+memory", "rglru+monarch", "mamba2+geglu"],
+        **{"shared_experts": 1, "memory_keys": 6, "memory_top": 4, "experts": 3, "capacity_factor": 1.5},
+    },
+    "a norm after": {"pattern": ["attention+moe", "min_gru"], "post_norm": True, "qk_norm": False},
+    "choosing": {"pattern": ["mosa", "routed:differential_attention", "selective_attention"]},
+    "one kind": {"pattern": ["mlstm+monarch"]},
+}
+
+
+@pytest.mark.parametrize("name", slow_but(("one kind",), PATTERNS))
+def test_patterns_are_folded_too(name):
+    """Each kind of layer, whatever its last matrix is called; a layer more than whole patterns have."""
+    pattern = PATTERNS[name]["pattern"]
+    changes = {"family": "hybrid", "head_dim": 32, "base_head_dim": 16, "layers": len(pattern) + 1}
+    cfg = model(d_model=64, **changes, **PATTERNS[name])
+    apply, params = build(cfg, seed=0)
+    # gains are one at first, whoever multiplies them
+    shaken = jax.tree.map(lambda a: a + 0.05 * jnp.sin(jnp.arange(a.size)).reshape(a.shape), params)
+    usual, folded = fold(cfg, shaken)
+    inputs = np.random.default_rng(0).integers(0, 64, (2, 9)).astype(np.int32)
+    standard = jax.jit(build(validate_section("model", usual), seed=0)[0])
+    wanted = jax.jit(apply)(shaken, inputs)
+    # the same products in another order of rounding, through more layers
+    np.testing.assert_allclose(standard(folded, inputs), wanted, atol=2e-5, rtol=1e-4)
+    assert float(jnp.max(jnp.abs(standard(shaken, inputs) - wanted))) > 0.02
+
+
+def test_queries_of_length_one_are_not_folded():
+    cfg = model(family="gated_deltanet", d_model=64, head_dim=32, base_head_dim=16)
+    with pytest.raises(ValueError, match="model.base_head_dim is 16 with head_dim 32 beside .gated_delta"):
+        fold(cfg, init_params(cfg, 0))
 
 
 @pytest.mark.parametrize(
