@@ -79,7 +79,7 @@ def try_cells(study: Path, entries: list[dict], execution, keeper: Keeper, stop=
         try:
             jobs = [job_of(study, e) for e in entries if e["id"] in held]
             if "trainer" in jobs[0].cell:  # never packed
-                run_trainer(jobs[0], on_step)
+                run_trainer(jobs[0], on_step, execution.checkpoint_seconds)
             else:
                 train_pack(jobs, execution, None, on_step)
             reason, final, log = None, False, ""

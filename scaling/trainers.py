@@ -48,8 +48,9 @@ class Trainer:
     Attributes:
       fields: of its section ``trainer``, ``name`` apart. size: the integer field that a target N sets.
       account, family: of a validated cell. check: raises ``ConfigError`` where fields cannot go together.
-      run: "module:function", called with (cell, on_step) -> list of evaluations {step, loss, loss_stderr}, or
-        None where ``on_step(step)`` returned true. Its results depend on the cell alone.
+      run: "module:function", called with (cell, on_step, keep) -> list of evaluations {step, loss,
+        loss_stderr}, or None where ``on_step(step)`` returned true. ``keep`` is a ``run_trainer.Keep``: what
+        is saved of a long cell comes back when the cell is run again. Results depend on the cell alone.
       truths: "module:function", called with the validated cells of one family -> what is known of its law
         (see ``launch.frontiers``), or None.
     """

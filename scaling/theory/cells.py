@@ -18,7 +18,7 @@ def problem_of(cell: Mapping) -> Problem:
     return Problem(own["alpha"], own["beta"], own["d"], own["ambient"], cell["train"]["batch"], own["rate"])
 
 
-def run_plrf(cell: Mapping, on_step: Callable[[int], bool]) -> list[dict] | None:
+def run_plrf(cell: Mapping, on_step: Callable[[int], bool], keep) -> list[dict] | None:
     """The loss after the cell's last step: of ``draws`` runs the mean and its standard error.
 
     ``sgd`` draws features and data anew for each run, ``moments`` the features, ``equivalent`` nothing.
@@ -28,6 +28,7 @@ def run_plrf(cell: Mapping, on_step: Callable[[int], bool]) -> list[dict] | None
     if own["dynamics"] == "equivalent":
         losses = np.atleast_1d(Equivalent(problem).loss(steps))
     else:
+        from scaling.theory.blocks import in_blocks
         from scaling.theory.sgd import features, sgd_losses
 
         if own["dynamics"] == "moments":
@@ -35,13 +36,14 @@ def run_plrf(cell: Mapping, on_step: Callable[[int], bool]) -> list[dict] | None
             losses = np.array([Moments(W, problem).loss(steps) for W in drawn])
         else:
             at_once = max(1, min(own["draws"], MOST_ENTRIES // int(problem.v * problem.d)))
-            blocks = []
-            for first in range(0, own["draws"], at_once):
-                block = sgd_losses([problem], [steps], at_once, seed, first_draw=first, on_step=on_step)
-                if block is None:
-                    return None
-                blocks.append(block.reshape(-1))
-            losses = np.concatenate(blocks)[: own["draws"]]
+
+            def run(first, begin, each_chunk):
+                more = {"first_draw": first, "on_step": each_chunk, "begin": begin}
+                return sgd_losses([problem], [steps], at_once, seed, **more)
+
+            losses = in_blocks(cell, at_once, run, on_step, keep)
+            if losses is None:
+                return None
     return [evaluation(steps, losses)]
 
 
@@ -84,15 +86,21 @@ def structured_of(cell: Mapping) -> Structured:
     return Structured(*fields, batch=cell["train"]["batch"])
 
 
-def run_structured(cell: Mapping, on_step: Callable[[int], bool]) -> list[dict] | None:
+def run_structured(cell: Mapping, on_step: Callable[[int], bool], keep) -> list[dict] | None:
     """The excess loss after the cell's last step, labels' noise taken off: the mean of ``draws`` runs."""
     own, steps = cell["trainer"], cell["train"]["steps"]
     if own["dynamics"] == "moments":
         return [evaluation(steps, np.atleast_1d(excess(structured_of(cell), steps)))]
+    from scaling.theory.blocks import in_blocks
     from scaling.theory.sgd import structured_losses
 
-    losses = structured_losses(structured_of(cell), [steps], own["draws"], cell["train"]["seed"], on_step)
-    return None if losses is None else [evaluation(steps, losses.reshape(-1))]
+    draws, seed = own["draws"], cell["train"]["seed"]
+
+    def run(first, begin, each_chunk):
+        return structured_losses(structured_of(cell), [steps], draws, seed, each_chunk, begin)
+
+    losses = in_blocks(cell, draws, run, on_step, keep)
+    return None if losses is None else [evaluation(steps, losses)]
 
 
 def structured_truths(cells: list[Mapping]) -> dict | None:

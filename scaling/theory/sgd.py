@@ -32,7 +32,8 @@ def sgd_losses(
     first_draw: int = 0,
     same_features: bool = False,
     on_step=None,
-) -> np.ndarray:
+    begin=(0, None),
+) -> np.ndarray | None:
     """The population loss of SGD from theta = 0 after each number of steps, in float32.
 
     Problems of several sizes are padded with zeros to the largest and run as one program; a padded feature is
@@ -42,7 +43,7 @@ def sgd_losses(
       problems: of one batch. steps: increasing. draws: independent runs of each problem, features and data.
       seed: of both. first_draw: number of the first draw; a draw depends on its number and the seed alone.
       same_features: whether the draws of a problem share the features of draw 0.
-      on_step: called with the steps done after each chunk; true: stop.
+      on_step, begin: see ``run_lanes``.
 
     Returns:
       float64 [problem, draw, step]; None where ``on_step`` asked to stop.
@@ -64,14 +65,17 @@ def sgd_losses(
         y[lane, : p.v] = j ** (-p.alpha - p.beta)
         gamma[lane] = 2 * p.rate / ((p.batch + 1) * (j ** (-2 * p.alpha)).sum())
     keys = jnp.tile(_keys(seed, first_draw, draws), len(problems))
-    losses = run_lanes(A, y, gamma, keys, steps, problems[0].batch, on_step)
+    losses = run_lanes(A, y, gamma, keys, steps, problems[0].batch, on_step, begin)
     return None if losses is None else losses.reshape(len(problems), draws, len(steps))
 
 
 def structured_losses(
-    problem: Structured, steps: Sequence[int], draws: int, seed: int = 0, on_step=None
+    problem: Structured, steps: Sequence[int], draws: int, seed: int = 0, on_step=None, begin=(0, None)
 ) -> np.ndarray | None:
     """The excess loss of SGD on structured features after each number of steps, in float32.
+
+    Args:
+      on_step, begin: see ``run_lanes``.
 
     Returns:
       float64 [draw, step], sum_k lam_k (theta_k - w_k)^2; None where ``on_step`` asked to stop.
@@ -82,7 +86,7 @@ def structured_losses(
     y = np.append(k ** (-problem.target / 2), problem.noise**0.5).astype(np.float32)
     gamma = np.full(draws, problem.rate / problem.batch, np.float32)
     keys, batch = _keys(seed, 0, draws), int(problem.batch)
-    losses = run_lanes(A, np.tile(y, (draws, 1)), gamma, keys, steps, batch, on_step)
+    losses = run_lanes(A, np.tile(y, (draws, 1)), gamma, keys, steps, batch, on_step, begin)
     return None if losses is None else losses - float(y[-1]) ** 2
 
 
@@ -91,11 +95,17 @@ def _keys(seed: int, first: int, count: int):
     return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(first + jnp.arange(count))
 
 
-def run_lanes(A_LxVxD, y_LxV, gamma_L, keys_L, steps: Sequence[int], batch: int, on_step=None):
+def run_lanes(
+    A_LxVxD, y_LxV, gamma_L, keys_L, steps: Sequence[int], batch: int, on_step=None, begin=(0, None)
+):
     """SGD from zero on |A^T z theta - y z|^2, z normal, of several lanes side by side.
 
+    Args:
+      on_step: called with the steps done and theta, float32 [lane, d], after each chunk; true: stop.
+      begin: the same two of an earlier run, to go on from; before the first of ``steps``.
+
     Returns:
-      float64 [lane, step]: E over fresh z; None where ``on_step(steps done)`` returned true.
+      float64 [lane, step]: E over fresh z; None where ``on_step`` asked to stop.
 
     Raises:
       ValueError: steps that do not increase.
@@ -104,14 +114,15 @@ def run_lanes(A_LxVxD, y_LxV, gamma_L, keys_L, steps: Sequence[int], batch: int,
         raise ValueError(f"steps is {list(steps)!r}; it must increase from 1 or more")
     A, y, gamma = map(jnp.asarray, (A_LxVxD, y_LxV, gamma_L))
     chunk = int(np.clip(MOST_NORMALS // (batch * y.size), 1, CHUNK))
-    theta = jnp.zeros((A.shape[0], A.shape[2]), jnp.float32)
-    out, done = [], 0
+    done, theta = begin
+    theta = jnp.zeros((A.shape[0], A.shape[2]), jnp.float32) if theta is None else jnp.asarray(theta)
+    out = []
     for target in steps:
         while done < target:
             count = min(chunk, target - done)
             theta = _advance(theta, keys_L, done, A, y, gamma, count, batch, chunk)
             done += count
-            if on_step is not None and on_step(done):
+            if on_step is not None and on_step(done, theta):
                 return None
         out.append(np.asarray(_loss(theta, A, y), np.float64))
     return np.stack(out, -1)

@@ -204,7 +204,7 @@ def test_what_is_for_language_models_says_so():
     trainers.refuse({"model": {}}, "scaling export")
 
 
-def test_a_cell_that_is_asked_to_stop_begins_again(tmp_path):
+def test_a_cell_that_is_asked_to_stop_is_run_again(tmp_path):
     from scaling.files import CellFolder
     from scaling.lane import Job
     from scaling.run_trainer import run_trainer

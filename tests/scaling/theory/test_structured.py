@@ -46,11 +46,21 @@ def test_the_best_batch_is_a_minimum_of_the_excess():
         assert excess(dataclasses.replace(problem, batch=m), 1e4 / m) > least
 
 
+class Never:
+    """Keeps nothing."""
+
+    def restore(self, like):
+        return None
+
+    def save(self, state):
+        pass
+
+
 def test_without_noise_there_is_no_law_of_the_batch():
     cell = {"trainer": {"name": "structured", "decay": 2.0, "target": 3.0, "modes": 8, "noise": 0.0}}
     cells = [validate_cell({**cell, "train": {"batch": 2, "steps": s}}) for s in (10, 100)]
     assert structured_truths(cells) is None
-    assert run_structured(cells[0], lambda step: True) is None  # asked to stop
+    assert run_structured(cells[0], lambda step: True, Never()) is None  # asked to stop
     with pytest.raises(ValueError, match="end of what was tried"):
         best_batch(Structured(2.0, 1.5, 32, rate=0.1, noise=0.0), 1e3)
 
