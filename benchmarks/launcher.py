@@ -2,8 +2,10 @@
 
 First a study of many trivial cells is trained twice, by ``scaling.train.train`` in a bare loop of one process
 and by one worker of the local engine: the difference, a cell, is the launcher's (claim, heartbeat, outcome,
-looking for the next cell). Meanwhile the memory of launcher and worker is read; in the end ``scaling status``
-is timed, interpreter and imports included. Then five kinds of crash, ten cells each, and ten healthy ones.
+looking for the next cell). Both are on one core and run by turns of a few seconds, the other stopped, so that
+a load on the machine meets them alike; each two neighbouring turns give a difference of medians. Meanwhile
+the memory of launcher and worker is read; in the end ``scaling status`` is timed, interpreter and imports
+included. Then five kinds of crash, ten cells each, and ten healthy ones.
 
     python benchmarks/launcher.py [--cells 1000] [--each 10] [--write]
 
@@ -13,9 +15,11 @@ is timed, interpreter and imports included. Then five kinds of crash, ten cells 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import runpy
+import signal
 import statistics
 import subprocess
 import sys
@@ -32,6 +36,9 @@ CRASHING = TESTS / "launch" / "crashing_worker.py"
 SCALING = (sys.executable, "-m", "launch.cli")
 KINDS = ("import", "memory", "data", "hang", "nan")
 WATCHDOG_SECONDS = 4
+TURN_SECONDS = 3.0
+LEAST_CELLS = 4
+"""That end in a turn, for its median to count."""
 BARE = """
 import json, sys, time
 from pathlib import Path
@@ -77,44 +84,103 @@ def resident(pid: int) -> float:
         return 0.0
 
 
+class Turns:
+    """Two processes on one core, of which one runs at a time.
+
+    Attributes:
+      log: (side, began, ended) of each turn, by the wall clock.
+    """
+
+    def __init__(self, seconds: float = TURN_SECONDS):
+        self.seconds, self.log = seconds, []
+        self.side, self.began = None, 0.0
+
+    def look(self, pids: dict[str, int]) -> None:
+        """Passes the turn on when it is over. ``pids``: of the sides that have not ended."""
+        now = time.time()
+        if self.side in pids and now - self.began < self.seconds:
+            return
+        if self.side is not None:
+            self.log.append((self.side, self.began, now))
+        self.side = next((side for side in pids if side != self.side), self.side)
+        for side, pid in pids.items():
+            os.kill(pid, signal.SIGCONT if side == self.side else signal.SIGSTOP)
+        self.began = time.time()
+
+    def differences(self, ends: dict[str, list[float]], first: str, second: str) -> tuple[list, list, list]:
+        """Medians of each two neighbouring turns, and their differences.
+
+        Args:
+          ends: when each cell of a side was done. A cell that a turn's beginning cut is left out.
+
+        Returns:
+          Three lists, seconds a cell: of ``first``, of ``second``, ``second`` less ``first``.
+        """
+        medians = []
+        for side, began, ended in self.log:
+            mine = [t for t in ends[side] if began <= t < ended]
+            if len(mine) > LEAST_CELLS:
+                medians.append((side, statistics.median(np.diff(mine))))
+        pairs = [dict(two) for two in itertools.pairwise(medians) if len(dict(two)) == 2]
+        return [p[first] for p in pairs], [p[second] for p in pairs], [p[second] - p[first] for p in pairs]
+
+
 def overhead(folder: Path, cells: int) -> dict:
-    """Seconds a cell, bare and launched; memory over time; the time of ``scaling status``."""
+    """Milliseconds a cell, bare and launched; memory over time; the time of ``scaling status``."""
     from launch import local
     from scaling.attempts import attempts_of
     from scaling.files import CellFolder
 
-    bare, launched = plan(folder, "bare", cells), plan(folder, "launched", cells)
-    out = subprocess.run(
-        [sys.executable, "-c", BARE, str(bare)], check=True, capture_output=True, text=True, cwd=ROOT
+    studies = {side: plan(folder, side, cells) for side in ("bare", "launched")}
+    engine, memory, turns, loads = local.Local(), [], Turns(), []
+    everywhere = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(everywhere)})  # both sides inherit it
+    bare = subprocess.Popen(
+        [sys.executable, "-c", BARE, str(studies["bare"])], stdout=subprocess.PIPE, cwd=ROOT
     )
-    bare_stamps = json.loads(out.stdout.splitlines()[-1])
-    engine, memory = local.Local(), []
 
     def on_poll() -> None:
+        os.sched_setaffinity(0, everywhere)
+        pids = {"bare": bare.pid} if bare.poll() is None else {}
         for job in engine.jobs:
-            memory.append((time.time(), resident(os.getpid()), resident(int(job))))
+            memory.append((resident(os.getpid()), resident(int(job))))
+            pids["launched"] = int(job)
+        loads.append(os.getloadavg()[0])
+        turns.look(pids)
 
-    code = local.run_study(launched, 1, [], on_poll, engine=engine)
-    entries = json.loads((launched / "manifest.json").read_text())["cells"]
-    ends = sorted(attempts_of(CellFolder(launched, e["id"]))[-1]["ended"] for e in entries)
-    began = time.perf_counter()
-    subprocess.run([*SCALING, "status", str(launched)], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
-    seconds = time.perf_counter() - began
-    half = len(memory) // 2
+    try:
+        code = local.run_study(studies["launched"], 1, [], on_poll, engine=engine)
+        bare.send_signal(signal.SIGCONT)
+        stamps = json.loads(bare.communicate()[0].splitlines()[-1])
+    finally:
+        bare.kill()
+    entries = json.loads((studies["launched"] / "manifest.json").read_text())["cells"]
+    folders = [CellFolder(studies["launched"], e["id"]) for e in entries]
+    ends = {"bare": stamps, "launched": sorted(attempts_of(f)[-1]["ended"] for f in folders)}
     # the first cells, in which programs are compiled or read, are left out on both sides
-    per = [1e3 * np.diff(s[cells // 20 :]) for s in (bare_stamps, ends)]
+    ends = {side: times[cells // 20 :] for side, times in ends.items()}
+    began = time.perf_counter()
+    command = [*SCALING, "status", str(studies["launched"])]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    seconds = time.perf_counter() - began
+    of_bare, of_launched, differences = ([1e3 * x for x in xs] for xs in turns.differences(ends, *studies))
+    low, high = np.percentile(differences, [25, 75])
+    half = len(memory) // 2
     return {
         "cells": cells,
         "exit code": code,
-        "bare, ms a cell (mean; median)": f"{per[0].mean():.0f}; {statistics.median(per[0]):.0f}",
-        "launched, ms a cell (mean; median)": f"{per[1].mean():.0f}; {statistics.median(per[1]):.0f}",
-        "overhead, ms a cell (of means; of medians)": (
-            f"{per[1].mean() - per[0].mean():.1f}; {np.median(per[1]) - np.median(per[0]):.1f}"
+        "pairs of turns": len(differences),
+        "bare, ms a cell (median of turns)": round(statistics.median(of_bare)),
+        "launched, ms a cell (median of turns)": round(statistics.median(of_launched)),
+        "overhead, ms a cell (median of differences; quartiles)": (
+            f"{statistics.median(differences):.1f}; {low:.1f} to {high:.1f}"
         ),
-        "launcher's memory, MB (middle; end)": f"{memory[half][1]:.0f}; {memory[-2][1]:.0f}",
-        "worker's memory, MB (middle; end)": f"{memory[half][2]:.0f}; {memory[-2][2]:.0f}",
+        "launcher's memory, MB (middle; end)": f"{memory[half][0]:.0f}; {memory[-2][0]:.0f}",
+        "worker's memory, MB (middle; end)": f"{memory[half][1]:.0f}; {memory[-2][1]:.0f}",
         "`scaling status`, s": round(seconds, 2),
-        "load of the machine": round(os.getloadavg()[0], 1),
+        "load of the machine (least; median; most)": (
+            f"{min(loads):.1f}; {statistics.median(loads):.1f}; {max(loads):.1f}"
+        ),
     }
 
 
