@@ -25,7 +25,7 @@ def factors(seq: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         exp(-2 pi i jk / n) = exp(-2 pi i im / p) exp(-2 pi i (lm / n + lf / q))
 
     one block-diagonal factor over i for each l, one over l for each m, permutations between them (Cooley and
-    Tukey 1965; Fu et al. 2023, section 3.1 and appendix B). Rows i >= p / 2 are zeros and not there; of real
+    Tukey 1965; Fu et al. 2023, section 3). Rows i >= p / 2 are zeros and not there; of real
     numbers the frequencies m <= p / 2 are all.
 
     Returns:
