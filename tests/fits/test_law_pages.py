@@ -29,6 +29,8 @@ def test_a_page_holds(page):
         re.search(rf"!\[[^]]+\]\({page}\.png\)", text) and "**Source.**" in text and "**Question.**" in text
     )
     assert any(f"`{name}`" in text for name in LAWS)
+    # a formula stands alone, indented, before the picture
+    assert re.search(r"^    .*[A-Za-z0-9)}] [/+^*x-] ", text.partition("![")[0], re.M)
     commands = re.findall(r"^(scaling .*)$", text, re.M)
     [tried] = re.findall(r"\*\*Try it\.\*\*\n\n```\n(.*?)\n```", text, re.S)
     assert tried in commands
