@@ -11,7 +11,9 @@ from collections.abc import Iterator
 
 from launch.preflight.cells import Program
 from launch.preflight.hardware import Target
-from scaling.flops import memory_bytes
+from scaling.flops import ledger, memory_bytes
+from scaling.flops.ledger import routed_tokens
+from scaling.layers import capacity, has, layers
 from scaling.memory import REMATS, cost
 from scaling.mesh import MeshShape
 
@@ -24,8 +26,8 @@ class Choice:
     """How a step runs on a slice.
 
     Attributes:
-      mesh: replica, fsdp, tensor. remat: see ``scaling.models.lm.build``. rows: of a device in one part.
-      accumulate: parts of a batch, one after another.
+      mesh: replica, fsdp, tensor, expert. remat: see ``scaling.models.lm.build``. rows: of a device in one
+        part. accumulate: parts of a batch, one after another.
     """
 
     mesh: MeshShape
@@ -47,6 +49,21 @@ def mesh_for(program: Program, target: Target) -> MeshShape | None:
     return MeshShape(1, fsdp, tensor)
 
 
+def meshes_for(program: Program, target: Target) -> list[MeshShape]:
+    """``mesh_for``, and on TPUs the same with a part of fsdp, a power of two, along experts.
+
+    On GPUs nothing is compiled, and ``gpu.estimate_step`` knows of no exchange of tokens.
+    """
+    mesh = mesh_for(program, target)
+    if mesh is None:
+        return []
+    parts = [1]
+    if has(program.model, "moe") and target.platform == "tpu":
+        most = math.gcd(program.model["experts"], mesh.fsdp)
+        parts = [n for n in _powers(most) if most % n == 0]
+    return [MeshShape(1, mesh.fsdp // n, mesh.tensor, n) for n in parts]
+
+
 def does_not_divide(program: Program, target: Target) -> str:
     """Why there is no mesh."""
     return f"{program.batch} rows do not divide over {target.devices} devices, nor do the heads"
@@ -58,13 +75,11 @@ def choices(program: Program, target: Target, remat: str | None = None) -> Itera
     Args:
       remat: this policy alone.
     """
-    mesh = mesh_for(program, target)
-    if mesh is None:
-        return
-    own = program.batch // (mesh.replica * mesh.fsdp * mesh.expert)
-    most = max(1, MICRO_TOKENS // program.seq)
-    sizes = [rows for rows in _powers(most) if own % rows == 0]
-    found = [Choice(mesh, policy, rows, own // rows) for policy in REMATS for rows in sizes]
+    most, found = max(1, MICRO_TOKENS // program.seq), []
+    for mesh in meshes_for(program, target):
+        own = program.batch // (mesh.replica * mesh.fsdp * mesh.expert)
+        sizes = [rows for rows in _powers(most) if own % rows == 0]
+        found += [Choice(mesh, policy, rows, own // rows) for policy in REMATS for rows in sizes]
     found = [c for c in found if remat in (None, c.remat)]
     yield from sorted(found, key=lambda c: (estimated_seconds(program, target, c), c.accumulate))
 
@@ -78,11 +93,34 @@ def estimated_seconds(program: Program, target: Target, choice: Choice) -> float
     ratio = target.peak_flops / target.bandwidth
     work = (program.model, program.batch, program.seq, choice.remat, choice.accumulate, target.devices)
     here = cost(*work, flops_per_byte=ratio) / target.peak_flops
-    if choice.mesh.fsdp == 1:
+    mesh = choice.mesh
+    if mesh.fsdp * mesh.expert == 1:
         return here
-    # bfloat16 weights gathered for the forward and the backward pass, and gradients added up
-    moved = choice.accumulate * 3 * 2 * program.params / choice.mesh.tensor
-    return max(here, moved / target.network(target.shape))
+    return max(here, moved_bytes(program, choice) / target.network(target.shape))
+
+
+def moved_bytes(program: Program, choice: Choice) -> float:
+    """Bytes that a device sends in a step, about: weights that are gathered, tokens that go to experts.
+
+    In bfloat16: weights for the forward and the backward pass, and their gradients added up, of experts those
+    of a device's own part alone; of the places of its rows what lies elsewhere, there and back, twice.
+    """
+    model, mesh = program.model, choice.mesh
+    entries = ledger(model, program.seq).entries
+    experts = sum(e.params for e in entries if e.name in ("experts", "routed experts"))
+    gathered = program.params - experts + (experts / mesh.expert if mesh.fsdp > 1 else 0)
+    weights = choice.accumulate * 3 * 2 * gathered / mesh.tensor
+    if mesh.expert == 1:
+        return weights
+    elsewhere = 4 * 2 * (1 - 1 / mesh.expert) * model["d_model"] / mesh.tensor
+    places = 0
+    for layer in layers(model):
+        if layer.ffn == "moe":
+            seq = routed_tokens(model, program.seq) if layer.routed else program.seq
+            places += model["experts"] * capacity(
+                model["experts"], model["active_experts"], model["capacity_factor"], seq
+            )
+    return weights + choice.accumulate * choice.rows * places * elsewhere
 
 
 def flops_with_remat(program: Program, choice: Choice) -> float:

@@ -16,8 +16,9 @@ from launch.preflight.cache import Cache
 from launch.preflight.cells import Program, programs, read_cells
 from launch.preflight.compile import compile_step, kernels_in, refused
 from launch.preflight.hardware import GENERATIONS, parse_target, slice_of
-from launch.preflight.plans import Choice, choices, mesh_for, state_bytes
+from launch.preflight.plans import Choice, choices, mesh_for, moved_bytes, state_bytes
 from launch.preflight.prices import read_prices
+from launch.preflight.roofline import step_time
 from pallas_kernels import aot
 from scaling.config import ConfigError
 from scaling.mesh import MeshShape
@@ -88,6 +89,47 @@ def test_meshes_and_choices(wide):
     assert {c.remat for c in choices(wide, parse_target("v5e-16"), "full")} == {"full"}
     assert list(choices(wide, parse_target("v5e-256"))) == []
     assert state_bytes(wide, 4) == 12 * wide.params // 4
+
+
+@pytest.fixture
+def sparse(corpus):
+    """A cell whose weights are those of sixteen wide experts, few of which a token takes."""
+    model = dict(d_model=512, layers=4, heads=4, kv_heads=4, head_dim=128, ffn_dim=2048, vocab=2048)
+    model |= dict(family="moe", experts=16, active_experts=1, capacity_factor=1.0, dtype="bfloat16")
+    return of(tiny_cell(corpus, model=model, data={"seq": 256}, train={"batch": 32}))
+
+
+def test_experts_are_split_where_their_weights_outweigh_their_tokens(corpus, sparse, wide):
+    target = parse_target("v5e-16")
+    found = list(choices(sparse, target))
+    assert {c.mesh for c in found} == {MeshShape(1, 16 // n, 1, n) for n in (1, 2, 4, 8, 16)}
+    # of each device's two rows 256 places a layer, against sixteen experts of 3 x 512 x 2048 weights
+    whole, split = (Choice(MeshShape(1, 16 // n, 1, n), "none", 2, 1) for n in (1, 16))
+    experts = 4 * 16 * 3 * 512 * 2048
+    tokens = 4 * 2 * 256 * 512 * (4 * 2 * 15 / 16)  # there and back, forward and backward
+    assert moved_bytes(sparse, whole) == 6 * sparse.params
+    assert moved_bytes(sparse, split) == pytest.approx(6 * (sparse.params - experts) + tokens)
+    assert found[0].mesh.expert == 16
+    # as many tokens as there may be on a device, of narrow experts: exchanging them costs more
+    model = sparse.model | {"ffn_dim": 64, "active_experts": 8}
+    narrow = of(tiny_cell(corpus, model=model, data={"seq": 2048}, train={"batch": 128}))
+    assert next(choices(narrow, target)).mesh.expert == 1
+    assert {c.mesh.expert for c in choices(wide, target)} == {1}
+    assert {c.mesh.expert for c in choices(sparse, parse_target("h100-16"))} == {1}
+
+
+@pytest.mark.aot
+@needs_libtpu
+def test_split_experts_move_less_in_the_compiled_step_too(sparse):
+    target, sent = slice_of("v5e", (2, 2)), {}
+    for experts in (1, 4):
+        choice = Choice(MeshShape(1, 4 // experts, 1, experts), "none", 8, 1)
+        found = compile_step(sparse, target, choice, Cache(None))
+        assert found["error"] is None and found["needed_bytes"] <= target.memory
+        sent[experts] = step_time(0, 0, found["collectives"], target).network, moved_bytes(sparse, choice)
+    ratio = [sent[4][i] / sent[1][i] for i in range(2)]
+    # what the estimate is for, the order, and by how much about
+    assert ratio[0] < 0.7 and 0.4 < ratio[1] / ratio[0] < 2.5
 
 
 def test_kernels_are_read_off_the_program():
