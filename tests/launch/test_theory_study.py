@@ -224,7 +224,7 @@ def test_the_option_is_in_the_help():
     assert "--by COLUMN" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["plrf", "structured", "markov", "grammar"])
+@pytest.mark.parametrize("name", ["plrf", "structured", "markov", "grammar", "graphs"])
 def test_the_studies_can_be_planned(name):
     settings = load_study(ROOT / f"experiments/theory/{name}.py")
     assert settings["name"] == name
