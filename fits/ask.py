@@ -112,7 +112,7 @@ def ask(subject: Fit | Law | str, question: str, **given: float | Sequence[float
     try:
         estimates = {k: float(v[0]) for k, v in answer(point).items()}
     except KeyError as error:
-        if fit is not None:
+        if fit is not None or set(law.parameters) <= set(law.PUBLISHED):
             raise
         known = ", ".join(law.PUBLISHED)
         raise FitError(

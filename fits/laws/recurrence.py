@@ -106,7 +106,8 @@ class Recurrence(Centred):
             _iterations,
             needs={**SHAPE, "flops": "C = 6 (N - N_r + r N_r) D"},
             gives={
-                "iterations": "passes r, from 1 on", "tokens": "that the budget leaves", "loss": "the law's",
+                "iterations": f"passes r, from 1 to {MOST_ITERATIONS:g}",
+                "tokens": "that the budget leaves", "loss": "the law's",
                 "loss_at_one": "the same budget at one pass",
             },
         ),
