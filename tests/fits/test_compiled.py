@@ -10,7 +10,7 @@ from fits.laws import get_law
 from fits.objective import RowLoss, make_problem
 from fits.solve import point_starts, solve
 
-# The bound on a parameter. Both stop where the promised decrease is 1e-13 of the objective, so
+# What a parameter may be apart. Both stop where the promised decrease is 1e-13 of the objective, so
 # where the objective is curved they end far closer.
 AGREE = 1e-10
 
