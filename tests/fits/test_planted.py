@@ -60,14 +60,13 @@ def test_a_planted_table_has_the_columns_of_its_law():
 
 
 def test_every_law_has_its_measured_recovery():
-    """What benchmarks/law_recovery.py printed: the issue's 90 to 98 % of 200 studies."""
+    """What benchmarks/law_recovery.py printed: 90 to 98 %, of 200 studies or more."""
     found = {g["law"]: g for g in json.loads((RESULTS / "law_recovery.json").read_text())}
     assert set(found) == set(STUDIES) == set(LAWS)
     table = (RESULTS / "law_recovery.md").read_text()
     for name, got in found.items():
         assert f"| `{name}` | {got['rows']} | {got['noise']:g} | {got['studies']} |" in table
-        assert got["studies"] + got["failed"] == 200 and got["failed"] <= 1, name
+        assert got["studies"] + got["failed"] >= 200 and got["failed"] <= 1, name
         for parameter, share in got["parameters"].items():
             assert 0.9 <= share["within"] <= 0.98, (name, parameter)
-            # 98.5 % are 2.3 standard errors of 200 from 95 %: one in some hundred parameters by chance
-            assert 0.9 <= share["covered"] <= 0.985, (name, parameter)
+            assert 0.9 <= share["covered"] <= 0.98, (name, parameter)
