@@ -8,11 +8,12 @@ BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 def load_script(name: str):
-    """The script ``name``.py; ``sys.path``, which a script may change, is left as it was."""
+    """The script ``name``.py, which finds those beside it; ``sys.path`` is left as it was."""
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     path = list(sys.path)
     sys.modules[spec.name] = module  # where dataclasses look for their module
+    sys.path.insert(0, str(BENCHMARKS))
     try:
         spec.loader.exec_module(module)
     finally:

@@ -11,7 +11,7 @@ from fits.solve import solve
 
 @pytest.fixture(scope="module")
 def benchmark():
-    return load_script("fits")
+    return load_script("fit_speed")
 
 
 def columns(table, loss="loss"):
@@ -53,7 +53,7 @@ def test_a_start_that_is_beaten_is_noticed(benchmark):
 
 
 def test_published_starts_are_4500_and_scipy_goes_no_lower(benchmark):
-    starts = benchmark.published_starts()
+    starts = benchmark.peers.published_starts()
     assert starts.shape == (4500, 5)
     x, y = columns(planted_table(noise=0.003, seed=5))
     table = {"N": np.exp(x["N"]), "D": np.exp(x["D"]), "L": y}
@@ -61,7 +61,7 @@ def test_published_starts_are_4500_and_scipy_goes_no_lower(benchmark):
     ours = benchmark.objective([point.params[n] for n in benchmark.NAMES], table)
     assert ours == pytest.approx(point.objective, rel=1e-10)
     picked = starts[np.random.default_rng(0).choice(4500, 60, replace=False)]
-    lowest = min(end.fun for end in benchmark.lbfgsb(table, picked))
+    lowest = min(end.fun for end in benchmark.peers.lbfgsb(table, picked))
     assert ours <= lowest * (1 + 1e-12)
 
 
@@ -69,16 +69,16 @@ def test_benchmark_gradient_is_that_of_its_objective(benchmark):
     t = planted_table(noise=0.003, seed=1)
     arrays = np.log(t["params"]), np.log(t["tokens"]), np.log(t["loss"])
     theta = np.array([0.5, 6.0, 7.5, 0.34, 0.36])
-    _, gradient = benchmark.log_objective(theta, *arrays)
+    _, gradient = benchmark.peers.log_objective(theta, *arrays)
     for k in range(5):
         step = 1e-6 * np.eye(5)[k]
-        up, down = (benchmark.log_objective(theta + s, *arrays)[0] for s in (step, -step))
+        up, down = (benchmark.peers.log_objective(theta + s, *arrays)[0] for s in (step, -step))
         assert gradient[k] == pytest.approx((up - down) / 2e-6, rel=1e-4)  # central difference
 
 
 def test_exponent_grid_peer_recovers_a_planted_law(benchmark):
     t = planted_table()
-    found = benchmark.exponent_grid_nelder_mead({"N": t["params"], "D": t["tokens"], "L": t["loss"]})
+    found = benchmark.peers.exponent_grid_nelder_mead({"N": t["params"], "D": t["tokens"], "L": t["loss"]})
     assert found == pytest.approx([PLANTED[n] for n in benchmark.NAMES], rel=1e-3)
 
 
