@@ -33,9 +33,11 @@ def _helps(law, params, given):
     once, block = _shape(given)
     x = {"N": once + block, "Nr": block, "D": given["tokens"]}
     one, more = (law.predict(params, x | {"J": j}) for j in (1.0, given["iterations"]))
-    data = params["E"] + params["B"] * given["tokens"] ** -params["beta"]
-    end = np.where(params["phi"] > 0, data, np.where(params["phi"] < 0, np.inf, one))
-    return {"gain": one - more, "loss": more, "loss_at_one": one, "limit": end, "phi": params["phi"]}
+    # passes without end make the block worth all, itself or nothing
+    phi, data = params["phi"], params["E"] + params["B"] * given["tokens"] ** -params["beta"]
+    alone = data + params["A"] * np.float64(once) ** -params["alpha"]
+    end = np.where(phi > 0, data, np.where(phi < 0, alone, one))
+    return {"gain": one - more, "loss": more, "loss_at_one": one, "limit": end, "phi": phi}
 
 
 def _iterations(law, params, given):
