@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from fits.bisection import bisect
 from fits.errors import FitError
 from fits.laws.base import Law, PowerSum, Question, Term
 
@@ -22,14 +23,20 @@ def _scratch(law, params, given):
     """Tokens at which training from scratch, E + K / D^beta, is as good as up-cycling for as many tokens."""
     dense = given["dense_tokens"]
     E, K, beta = (given[k] for k in ("scratch_E", "scratch_K", "scratch_beta"))
-    log_d = np.linspace(math.log(1e6), math.log(1e18), 2401)[:, None]
-    up = law.predict({k: v[None] for k, v in params.items()}, {"D1": dense, "D": np.exp(log_d)})
-    ahead = up < E + K * np.exp(-beta * log_d)
+
+    def is_ahead(log_d):
+        return law.predict(params, {"D1": dense, "D": np.exp(log_d)}) < E + K * np.exp(-beta * log_d)
+
+    grid = np.linspace(math.log(1e6), math.log(1e18), 2401)
+    ahead = is_ahead(grid[:, None])
     # the last crossing: from there on training from scratch stays ahead
-    last = len(log_d) - 1 - np.argmax(ahead[::-1], axis=0)
-    tokens = np.where(ahead.any(0), np.exp(log_d[np.minimum(last + 1, len(log_d) - 1), 0]), 0.0)
+    last = len(grid) - 1 - np.argmax(ahead[::-1], axis=0)
+    _, log_tokens = bisect(is_ahead, grid[last], grid[np.minimum(last + 1, len(grid) - 1)])
+    tokens = np.where(ahead.any(0), np.exp(log_tokens), 0.0)
     tokens = np.where(ahead[-1], np.inf, tokens)
-    return {"tokens": tokens, "loss": np.where(tokens > 0, E + K * np.maximum(tokens, 1.0) ** -beta, np.nan)}
+    crosses = (tokens > 0) & np.isfinite(tokens)
+    loss = E + K * np.where(crosses, tokens, 1.0) ** -beta
+    return {"tokens": tokens, "loss": np.where(crosses, loss, np.nan)}
 
 
 class Upcycling(Law):
