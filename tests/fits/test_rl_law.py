@@ -38,6 +38,15 @@ def test_the_cheapest_ratio(price):
     assert got["updates"] == pytest.approx(got["data"] * got["updates_per_datum"])
 
 
+@pytest.mark.parametrize("price", [1e-9, 1e9])
+def test_the_cheapest_ratio_at_prices_far_apart(price):
+    got = answered("budget", price_datum=1.0, price_update=price)
+    sigma = got["updates_per_datum"] * np.array([0.99, 1.0, 1.01])
+    cost = get_law("updates_to_data").predict(P, {"R": sigma}) * (1 + price * sigma)
+    assert cost[1] < cost[0] and cost[1] < cost[2]
+    assert got["cost"] == pytest.approx(cost[1], rel=1e-12)
+
+
 def test_dear_updates_mean_fewer():
     ratios = [
         answered("budget", price_datum=1.0, price_update=c)["updates_per_datum"] for c in (1, 0.1, 0.01)
