@@ -20,7 +20,7 @@ from fits.reading import numbers as as_numbers
 CORE = ("params", "tokens", "flops", "loss")
 MORE = {v: c for v, c in COLUMN_OF.items() if c not in CORE}  # read only for a law that needs them
 IN_TOKENS = ("tokens", "unique_tokens", "batch_tokens", "dense_tokens")
-IN_PARAMS = ("params", "average_params")
+IN_PARAMS = ("params", "average_params", "recurrent_params")
 # Nobody trains a language model on a thousandth of a token a parameter, nor on a million times more
 # tokens than parameters; a table that says so has its columns in other units.
 TOKENS_PER_PARAM = (1e-3, 1e6)

@@ -12,6 +12,7 @@ from fits.laws import LAWS, register_law
 from fits.laws.repetition import effective
 from fits.objective import RowLoss, make_problem
 from fits.solve import solve
+from fits.table import clean
 
 PLANTED = {
     "overtraining": {"E": 1.7, "a": 50.0, "b": 90.0, "eta": 0.14},
@@ -168,6 +169,14 @@ def test_unique_tokens_are_read_under_another_name():
         fit.predict(params=1e9, tokens=1e11)
     with pytest.raises(fits.FitError, match="no column 'unique_tokens'"):
         fits.fit_table({"params": x["N"], "tokens": x["D"], "loss": loss}, "data_constrained")
+
+
+def test_a_unit_of_parameters_holds_for_those_of_the_repeated_block():
+    table = {"params": [100.0, 200.0], "recurrent_params": [50.0, 60.0], "iterations": [2, 4],
+             "tokens": [1e9, 2e9], "loss": [3.0, 2.9]}  # fmt: skip
+    needs = ("params", "recurrent_params", "iterations", "tokens", "loss")
+    rows = clean(table, needs=needs, param_unit=1e6)
+    assert rows.params.tolist() == [1e8, 2e8] and rows.more["recurrent_params"].tolist() == [5e7, 6e7]
 
 
 DOC = Path(__file__).parents[2] / "docs" / "laws.md"
