@@ -53,6 +53,11 @@ def test_attempts_for_a_coverage():
     assert got["flops"] == pytest.approx(got["samples"] * 2 * 8e9 * 1000, rel=1e-12)
     assert got["limit"] == pytest.approx(0.95)
     assert answered("samples", P, coverage=0.96, params=1.0, tokens=1.0)["samples"] == np.inf
+    rare = {"U": 0.0, "a": 0.05, "b": 2.0}  # no floor forbids it, so that it is a number however large
+    many = answered("samples", rare, coverage=0.9, params=1.0, tokens=1.0)["samples"]
+    assert many > 1e15 and answered("coverage", rare, samples=many)["coverage"] == pytest.approx(
+        0.9, rel=1e-9
+    )
     single = answered("coverage", P, samples=100.0)["single"]
     assert single == pytest.approx(0.95 * 0.45 / 2.45, rel=1e-12)  # the mean of a beta
     with pytest.raises(fits.FitError, match="coverage is 1; it must be below 1"):
