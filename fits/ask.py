@@ -80,11 +80,12 @@ def ask(subject: Fit | Law | str, question: str, **given: float | Sequence[float
 
     Args:
       subject: a fit, for an answer with intervals, or a law (or its name), for its published constants.
-      given: what the question needs and takes, each a positive number or a list of them.
+      given: what the question needs and takes, each a positive number, or a list of them where the question
+        reads one (``Question.many``).
 
     Raises:
-      FitError: a question or name that the law does not know, something missing or not positive, a law
-        without published constants, or a fit whose status forbids numbers.
+      FitError: a question or name that the law does not know, something missing, not positive or a list
+        where one number is read, a law without published constants, or a fit whose status forbids numbers.
     """
     fit = subject if isinstance(subject, Fit) else None
     law = fit.law if fit else get_law(subject)
@@ -147,6 +148,8 @@ def _read(asked: Question, question: str, given: Mapping[str, Any]) -> dict[str,
     out = {k: default for k, (default, _) in asked.takes.items()} | dict(given)
     for name, value in out.items():
         many = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
+        if many and name not in asked.many:
+            raise FitError(f"{name} is {list(value)!r}; {question} reads one number for it")
         parts = list(value) if many else [value]
         for part in parts:
             if isinstance(part, bool) or not (

@@ -29,6 +29,7 @@ class Question:
       needs: what must be given: name -> what it is, with its unit.
       takes: what may be given: name -> (default, what it is).
       gives: quantity -> what it is, with its unit, in the order of print.
+      many: names of which a list may be given.
     """
 
     asks: str
@@ -36,6 +37,7 @@ class Question:
     needs: Mapping[str, str]
     gives: Mapping[str, str]
     takes: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
+    many: tuple[str, ...] = ()
 
 
 class Law:

@@ -91,6 +91,7 @@ class Quality(Law):
                 "pools": "how many of the best to keep", "passes": "over them", "loss": "the law's",
                 "loss_of_the_best_pool": "alone", "loss_of_all": "pools together",
             },
+            many=("utility", "half_life"),
         )
     }  # fmt: skip
 

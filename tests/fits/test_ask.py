@@ -54,6 +54,7 @@ def test_published_constants_answer_without_intervals():
     ("chinchilla", "serve", {**ASKED, "x": 1}, "serve does not know x; it reads params, inference_tokens"),
     ("tied", "serve", ASKED, "the law tied has no published constants; ask a fit of it"),
     ("data_constrained_tied", "passes", {"worth": 2.0}, "worth is 2; it must be a share"),
+    ("chinchilla", "serve", {**ASKED, "params": [1e9, 2e9]}, r"params is \[1.*\]; serve reads one number"),
 ])  # fmt: skip
 def test_bad_questions_are_refused_in_words(subject, question, given, said):
     with pytest.raises(fits.FitError, match=said):
