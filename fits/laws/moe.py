@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from fits.errors import FitError
 from fits.laws.base import Law, PowerSum, Question, Term
 
 ROUTER_FLOPS, OTHER_FLOPS = 14.0, 6.0  # a parameter of the router, and of the rest, for a token (c_r and c_f)
@@ -101,15 +102,24 @@ class FineGrained(PowerSum):
     }  # fmt: skip
 
 
+def _checked_share(given):
+    if given["active_share"] > 1:
+        raise FitError(f"active_share is {given['active_share']:g}; it must be at most 1")
+    return given["active_share"]
+
+
 def _leverage(law, params, given):
-    x = {"X": given["active_share"], "G": given["granularity"], "C": given["flops"]}
+    x = {"X": _checked_share(given), "G": given["granularity"], "C": given["flops"]}
     value = law.predict(params, x)
     return {"leverage": value, "dense_flops": value * given["flops"]}
 
 
 def _best_granularity(law, params, given):
-    best = np.where(params["c"] > 0, 2.0 ** (-params["b"] / (2 * params["c"])), np.nan)
-    x = {"X": given["active_share"], "G": best, "C": given["flops"]}
+    share = _checked_share(given)
+    # a share above 1 - X0 has its base above 1, where the least exponent would be the least leverage
+    best = (params["c"] > 0) & (share + params["X0"] < 1)
+    best = np.where(best, 2.0 ** (-params["b"] / (2 * params["c"])), np.nan)
+    x = {"X": share, "G": best, "C": given["flops"]}
     return {"granularity": best, "leverage": law.predict(params, x)}
 
 

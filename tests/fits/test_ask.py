@@ -55,6 +55,8 @@ def test_published_constants_answer_without_intervals():
     ("tied", "serve", ASKED, "the law tied has no published constants; ask a fit of it"),
     ("data_constrained_tied", "passes", {"worth": 2.0}, "worth is 2; it must be a share"),
     ("chinchilla", "serve", {**ASKED, "params": [1e9, 2e9]}, r"params is \[1.*\]; serve reads one number"),
+    ("leverage", "leverage", {"active_share": 3, "granularity": 8, "flops": 1e22}, "active_share is 3; it"),
+    ("leverage", "granularity", {"active_share": 3, "flops": 1e22}, "active_share is 3; it must be at"),
 ])  # fmt: skip
 def test_bad_questions_are_refused_in_words(subject, question, given, said):
     with pytest.raises(fits.FitError, match=said):

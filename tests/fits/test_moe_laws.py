@@ -69,3 +69,5 @@ def test_published_leverage():
     assert 7.0 < got["leverage"] < 7.5
     best = fits.ask("leverage", "granularity", active_share=0.031, flops=1e22)
     assert 8 <= best["granularity"] <= 12 and best["leverage"] >= got["leverage"]
+    # with X + X0 above 1 the same granularity has the least leverage, and none the most
+    assert fits.ask("leverage", "granularity", active_share=1, flops=1e22)["granularity"] is None
