@@ -55,7 +55,7 @@ def _granularity(law, params, given):
 
     loss = loss_at(grid)
     coarse = loss[:, 0]
-    for _ in range(2):  # a grid of half octaves, then one 24 times finer, then a parabola
+    for _ in range(2):  # a grid of half octaves, then twice one 12 times finer, about a parabola's vertex
         middle = vertex(grid, loss, np.argmin(loss, 1))
         step = (grid[:, 1] - grid[:, 0])[:, None] / 12
         grid = np.maximum(middle[:, None] + step * np.arange(-12, 13), 0.0)
