@@ -129,8 +129,15 @@ def ask(subject: Fit | Law | str, question: str, **given: float | Sequence[float
         for k, estimate in estimates.items():
             log = bool(estimate > 0 and not (drawn[k] <= 0).any())
             got = fit.interval_of(drawn[k], estimate, lambda p, k=k: answer(p)[k], log, STEP)
-            intervals[k] = got | {"estimate": _number(estimate)}
+            intervals[k] = _unless_flat(got) | {"estimate": _number(estimate)}
     return Answer(law.name, question, asked.asks, values, intervals, dict(asked.gives), source, flags)
+
+
+def _unless_flat(got: dict) -> dict:
+    """The draws' own ends where slopes see nothing: at an end of what may be, or of a count."""
+    if got["method"] == "few clusters" and got["95"][0] == got["95"][1]:
+        return {**got, **got["percentile"], "method": "percentile"}
+    return got
 
 
 def _number(value: float) -> float | None:

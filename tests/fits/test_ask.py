@@ -34,6 +34,21 @@ def test_an_answer_of_a_fit_has_intervals_that_hold_the_truth(fit):
     assert "95 %" in str(got) and json.dumps(got.to_dict())
 
 
+def test_a_count_has_the_interval_of_its_draws(fit, monkeypatch):
+    """Near the fit it stays the same, so that slopes alone would be sure of it."""
+    middle = fit.params["alpha"]
+    count = fits.Question(
+        "how many?",
+        lambda law, params, given: {"count": 10 + np.round((params["alpha"] - middle) * 1000)},
+        needs={},
+        gives={"count": "of them"},
+    )
+    monkeypatch.setattr(type(fit.law), "questions", {"count": count})
+    got = fits.ask(fit, "count").values["count"]
+    low, high = got["95"]
+    assert got["estimate"] == 10 and low < 10 < high and got["method"] == "percentile"
+
+
 def test_far_from_the_rows_is_said(fit):
     got = fits.ask(fit, "serve", **{**ASKED, "params": 1e12})
     [flag] = [f for f in got.flags if f["code"] == "far_extrapolation"]
