@@ -3,9 +3,8 @@
 Around a fit the log loss of a run is linear in the law's parameters, beside an effect that runs of one size
 share and the run's own error. Knowledge of all of these is then normal, and a run narrows it by an amount
 that does not depend on its outcome: the c-optimal design of a study (Elfving 1952; Pukelsheim 2006, chapter
-2),
-  here local, greedy and per FLOP. Unlike a ranking by the bootstrap's draws (``fits.design``) it needs no
-  draws, which the few sizes of a search's first rounds do not give.
+2), here local, greedy and per FLOP. Unlike a ranking by the bootstrap's draws (``fits.design``) it needs no
+draws, which the few sizes of a search's first rounds do not give.
 
 A search that looks at its own interval stops sooner where that is narrow by luck: see ``is_narrow``.
 """
