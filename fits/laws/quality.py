@@ -35,7 +35,8 @@ def mixture_loss(floor, first, utility, half_life, pool, samples):
       floor, first: E and n0, arrays [B]. utility, half_life: b and tau of each pool, [K].
     """
     count, unique = len(utility), float(pool) * len(utility)
-    most = int(np.ceil(samples / unique)) + 1
+    # passes beyond 1,100 of the longest half-life are worth 0 in float64
+    most = int(np.ceil(min(samples / unique, 1100 * count * max(half_life)))) + 1
     growth = passes_seen(np.float64(samples), np.float64(unique), most=most)
     worth = np.mean(
         [b * _fading(tau * count, most=most) for b, tau in zip(utility, half_life, strict=True)], 0

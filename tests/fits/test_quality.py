@@ -31,6 +31,11 @@ def test_mixture_by_a_plain_loop(count, samples):
     assert mixture_loss(*some) == pytest.approx(by_passes(*some), rel=1e-13)
 
 
+def test_passes_without_end_have_an_answer():
+    few, many = (mixture_loss(0.1, 4e6, UTILITY, HALF_LIFE, POOL, n * 4 * POOL) for n in (1e5, 1e16))
+    assert few == many
+
+
 def test_one_pool_is_the_law():
     law, D = get_law("quality"), np.geomspace(5e6, 7e8, 40)
     p = {"E": 0.1, "n0": 4e6, "b": UTILITY[0], "tau": HALF_LIFE[0]}
