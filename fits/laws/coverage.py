@@ -81,7 +81,10 @@ class Coverage(Law):
             "which share of problems does one of k attempts solve?",
             _pass,
             needs={"samples": "attempts k"},
-            gives={"coverage": "pass@k", "single": "pass@1", "slope": "of log failures for large k"},
+            gives={
+                "coverage": "pass@k", "single": "pass@1",
+                "slope": "by which log failures above U fall with log k, for large k",
+            },
         ),
     }  # fmt: skip
 
