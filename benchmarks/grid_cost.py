@@ -4,15 +4,15 @@ One side is what a ladder of scripts does: every (N, D) is a run of its own, a c
 fully at its own D, one after another, each in a process that starts, compiles and trains with all CPU
 cores. The other is ``scaling run`` on the same grid with ``grid.trunks``, as it comes: one worker a core,
 packed where the planner packs. Both sides train the same (N, D) on the same data by the same recipe,
-from compilation caches that are empty, in one call of this script. Each schedule has its own best learning
-rate (a cosine's is higher: its mean is half its peak), so both get the same bracket of the recipe's rate
-first, at the middle (N, D), and train with the best of it; that is not timed.
+from compilation caches that are empty, in one call of this script. Before that, and not timed, each side gets
+learning rates of its own from the same bracket of the recipe's, on another seed: the trunks one for all, the
+best at the middle (N, D); the cosines the best of it at every (N, D), with the weight decay of the recipe.
 
-    python benchmarks/grid_cost.py [--scale 1.0] [--write]
+    python benchmarks/grid_cost.py [--scale 1.0] [--rates FILE] [--write]
 
 Prints FLOPs, wall time and CPU seconds of both sides and their ratios beside the arithmetic limit;
-the losses at every (N, D) and their differences beside the seed noise (a second seed of both sides'
-cells at the middle D, not timed); the fitted exponents with their intervals.
+the losses at every (N, D) and their differences beside the seed noise (a second seed of every branch, not
+timed); the fitted exponents with their intervals.
 """
 
 from __future__ import annotations
@@ -40,17 +40,20 @@ from scaling.records import collect  # noqa: E402
 SIZES = [6.5e3, 13e3, 20e3, 40e3, 68e3, 102e3]
 SHORTEST = 131_072
 LENGTHS, COOLDOWN = 5, 0.2
-MULTIPLES = [0.7, 1, 1.4, 2, 2.8, 4, 5.6]
+MULTIPLES = [1, 1.4, 2, 2.8, 4, 5.6]
 """Of the recipe's learning rate, tried by both sides."""
+BASE = 2.8
+"""Of the recipe's learning rate too: the cosines' weight decay is that of the recipe at this one."""
+NORMAL_95 = 1.96
 SIDES = {"trunks": {"name": "wsd", "decay_fraction": COOLDOWN}, "cosine": {"name": "cosine"}}
 LIMIT = (2 - 2 ** (1 - LENGTHS)) / ((1 - COOLDOWN) + COOLDOWN * (2 - 2 ** (1 - LENGTHS)))
 
 
-def config(side: str, grid: dict, seeds: list[int], lr: float) -> dict:
+def config(side: str, grid: dict, seed: int, lr: float = BASE) -> dict:
     """The quickstart's study on another grid, with one side's schedule and ``lr`` times its rate."""
     study = get_config().to_dict()
     recipe = {**study["recipe"], "lr": study["recipe"]["lr"] * lr}
-    own = {"name": side, "grid": {"tolerance": 0.03, **grid}, "schedule": SIDES[side], "seeds": seeds}
+    own = {"name": side, "grid": {"tolerance": 0.03, **grid}, "schedule": SIDES[side], "seeds": [seed]}
     return {**study, **own, "recipe": recipe}
 
 
@@ -72,16 +75,31 @@ def planned(folder: Path, name: str, study: dict, cache: Path) -> Path:
     return folder / name
 
 
-def bracket(folder: Path, side: str, scale: float) -> dict[float, float]:
-    """Multiple of the recipe's rate to final loss, cells of their own at the middle (N, D)."""
-    found = {}
-    middle = {"params": SIZES[len(SIZES) // 2], "tokens": lengths(scale)[LENGTHS // 2]}
+def trunk_bracket(folder: Path, middle: dict) -> dict[float, float]:
+    """Multiple of the recipe's rate to the final loss of a cell of its own at the middle (N, D)."""
+    found, cache = {}, folder / "cache-bracket"
     for multiple in MULTIPLES:
-        study = config(side, {"kind": "list", "cells": [middle]}, [0], multiple)
-        cell = planned(folder, f"bracket-{side}-{multiple}", study, folder / "cache-bracket")
-        scaling("run", str(cell), cache=folder / "cache-bracket")
-        found[multiple] = float(collect(cell)["loss"].iloc[0])
+        study = config("trunks", {"kind": "list", "cells": [middle]}, 1, multiple)
+        cell = planned(folder, f"bracket-{multiple}", study, cache)
+        scaling("run", str(cell), cache=cache)
+        (found[multiple],) = losses(cell).values()
     return found
+
+
+def cosine_brackets(folder: Path, cells: list[dict]) -> dict[tuple, list[dict]]:
+    """(N, D) to ``multiple`` of the recipe's rate, ``lr`` and final ``loss`` of its cells, the best first."""
+    sweep = {"lr": [m / BASE for m in MULTIPLES if m != BASE], "cells": "all"}
+    grid, cache = {"kind": "list", "cells": cells, "sentinels": sweep}, folder / "cache-bracket"
+    study = planned(folder, "brackets", config("cosine", grid, 1), cache)
+    scaling("run", str(study), cache=cache)
+    table = collect(study).set_index("cell")
+    found: dict[tuple, list[dict]] = {}
+    for e in entries_of(study):
+        if table.loc[e["id"], "status"] == "finished":
+            multiple = round(BASE * e.get("sentinel", {}).get("multiple", 1), 6)
+            got = {"multiple": multiple, "lr": e["config"]["optim"]["lr"], "loss": table.loc[e["id"], "loss"]}
+            found.setdefault(target(e), []).append(got)
+    return {key: sorted(got, key=lambda g: g["loss"]) for key, got in found.items()}
 
 
 def cost(run) -> dict:
@@ -105,49 +123,60 @@ def one_by_one(study: Path, cache: Path) -> None:
                 cache=cache)  # fmt: skip
 
 
-def measure(folder: Path, scale: float) -> dict:
-    brackets = {side: bracket(folder, side, scale) for side in SIDES}
-    rate = {side: min(found, key=found.get) for side, found in brackets.items()}
+def tune(folder: Path, scale: float) -> dict:
+    """Both sides' brackets: of the trunks at the middle (N, D), of the cosines the best at every one."""
+    every = [{"params": n, "tokens": d} for n in SIZES for d in lengths(scale)]
+    middle = {"params": SIZES[len(SIZES) // 2], "tokens": lengths(scale)[LENGTHS // 2]}
+    common = [{"multiple": m, "loss": loss} for m, loss in trunk_bracket(folder, middle).items()]
+    own = cosine_brackets(folder, every).items()
+    return {
+        "trunks": common,
+        "cosine": [{"params": n, "tokens": d, **found[0]} for (n, d), found in own],
+    }
+
+
+def measure(folder: Path, scale: float, rates: dict) -> dict:
+    """Both sides with the rates of ``tune``."""
+    grid = {"kind": "product", "params": SIZES, "tokens": lengths(scale), "trunks": True}
+    best = min(rates["trunks"], key=lambda r: r["loss"])["multiple"]
+    tuned = [
+        {"params": r["params"], "tokens": r["tokens"], "set": {"optim.lr": r["lr"]}} for r in rates["cosine"]
+    ]
     cache = {side: folder / f"cache-{side}" for side in SIDES}
-    grid = {"kind": "product", "params": SIZES, "tokens": lengths(scale)}
-
-    def study(name, side, **more):
-        made = config(side, {**grid, **more}, [1] if name.startswith("seed") else [0], rate[side])
-        return planned(folder, name, made, cache[side])
-
-    trunks, cosine = study("trunks", "trunks", trunks=True), study("cosine", "cosine")
+    trunks = planned(folder, "trunks", config("trunks", grid, 0, best), cache["trunks"])
+    second = planned(folder, "second", config("trunks", grid, 1, best), cache["trunks"])
+    cosine = planned(folder, "cosine", config("cosine", {"kind": "list", "cells": tuned}, 0), cache["cosine"])
     ours = cost(lambda: scaling("run", str(trunks), cache=cache["trunks"]))
     theirs = cost(lambda: one_by_one(cosine, cache["cosine"]))
-    middle = {"tokens": lengths(scale)[LENGTHS // 2 :][:1]}
-    seeds = {
-        "trunks": study("seed-trunks", "trunks", **middle),
-        "cosine": study("seed-cosine", "cosine", **middle),
-    }
-    for side, other in seeds.items():
-        scaling("run", str(other), cache=cache[side])
-    return {"brackets": brackets, "lr": rate, **summary(trunks, cosine, seeds, ours, theirs)}
+    scaling("run", str(second), cache=cache["trunks"])
+    return {"rates": rates, **summary(trunks, cosine, second, ours, theirs)}
+
+
+def entries_of(study: Path) -> list[dict]:
+    return json.loads((study / "manifest.json").read_text())["cells"]
+
+
+def target(entry: dict) -> tuple[float, float]:
+    return entry["target"]["params"], entry["target"]["tokens"]
 
 
 def losses(study: Path) -> dict:
     """(planned N, planned D) to the final loss of the study's own cells."""
     table = collect(study).set_index("cell")
-    entries = json.loads((study / "manifest.json").read_text())["cells"]
-    own = {e["id"]: (e["target"]["params"], e["target"]["tokens"]) for e in entries if e["role"] != "trunk"}
+    own = {e["id"]: target(e) for e in entries_of(study) if e["role"] != "trunk"}
     return {
         key: float(table.loc[c, "loss"]) for c, key in own.items() if table.loc[c, "status"] == "finished"
     }
 
 
-def summary(trunks: Path, cosine: Path, seeds: dict[str, Path], ours: dict, theirs: dict) -> dict:
-    entries = json.loads((trunks / "manifest.json").read_text())["cells"]
-    flops = saving(entries)
-    base = sum(e["achieved"]["flops"] for e in json.loads((cosine / "manifest.json").read_text())["cells"])
-    ours_at, theirs_at = losses(trunks), losses(cosine)
+def summary(trunks: Path, cosine: Path, second: Path, ours: dict, theirs: dict) -> dict:
+    flops = saving(entries_of(trunks))
+    base = sum(e["achieved"]["flops"] for e in entries_of(cosine))
+    ours_at, theirs_at, again = losses(trunks), losses(cosine), losses(second)
     gap = np.array([np.log(ours_at[k] / theirs_at[k]) for k in theirs_at])
-    again = [np.log(y / at[k]) for side, at in (("trunks", ours_at), ("cosine", theirs_at))
-             for k, y in losses(seeds[side]).items()]  # fmt: skip
+    apart = np.array([np.log(again[k] / ours_at[k]) for k in again])
     # two seeds of one cell differ by sqrt(2) of one seed's own deviation
-    seed = np.sqrt(np.mean(np.square(again)) / 2)
+    seed = np.sqrt(np.mean(np.square(apart)) / 2)
     laws = {}
     for name, study in (("trunks", trunks), ("cosine", cosine)):
         fit = fits.fit_table(collect(study), "chinchilla", bootstraps=1000)
@@ -161,6 +190,7 @@ def summary(trunks: Path, cosine: Path, seeds: dict[str, Path], ours: dict, thei
         "cpu_ratio": theirs["cpu"] / ours["cpu"], "flops_ratio": base / flops["spent"], "limit": LIMIT,
         "flops": {"trunks": flops["spent"], "cosine": base}, "seed_noise": float(seed),
         "gap_mean": float(gap.mean()), "gap_rms": float(np.sqrt(np.mean(gap**2))), "cells": len(gap),
+        "within": int((np.abs(gap) <= NORMAL_95 * np.sqrt(2) * seed).sum()),
         "losses": [{"params": k[0], "tokens": k[1], "trunks": ours_at[k], "cosine": theirs_at[k]}
             for k in sorted(theirs_at)
         ],
@@ -186,16 +216,13 @@ def text(got: dict) -> str:
         f"| CPU seconds | {ours['cpu']:.0f} | {theirs['cpu']:.0f} | {got['cpu_ratio']:.2f} |",
         "",
         f"Loss at the {got['cells']} shared (N, D), log(trunk / cosine): mean {got['gap_mean']:+.2%}, root "
-        f"mean square {got['gap_rms']:.2%}; a seed's own standard deviation {got['seed_noise']:.2%}.",
+        f"mean square {got['gap_rms']:.2%}. A seed's own standard deviation {got['seed_noise']:.2%}: two "
+        f"seeds of a cell are within {NORMAL_95 * np.sqrt(2) * got['seed_noise']:.2%} of each other 95 "
+        f"times of 100, trunk and cosine {got['within']} times of {got['cells']}.",
         "",
-        "Learning rate, times the recipe's, and the loss at the middle (N, D): "
-        + "; ".join(
-            f"{side} "
-            + ", ".join(f"{m:g}: {y:.4f}" for m, y in found.items())
-            + f" (taken: {got['lr'][side]:g})"
-            for side, found in got["brackets"].items()
-        )
-        + ".",
+        "Learning rate of the trunks, times the recipe's, and the loss at the middle (N, D): "
+        + ", ".join(f"{r['multiple']:g}: {r['loss']:.4f}" for r in got["rates"]["trunks"])
+        + ". The cosines' own stand in the last table.",
         "",
     ]
     for name, law in laws.items():
@@ -203,21 +230,33 @@ def text(got: dict) -> str:
         lines.append(
             f"Exponent a, {name}: {law['a']:.3f}, 95 % interval {low:.3f} to {high:.3f} ({law['status']}).  "
         )
-    lines += ["", "| N | D | trunk and branch | cosine | difference |", "|---|---|---|---|---|"]
+    taken = {(r["params"], r["tokens"]): r["multiple"] for r in got["rates"]["cosine"]}
+    lines += ["", "| N | D | trunk and branch | cosine | its rate, times the recipe's | difference |"]
+    lines += ["|---|---|---|---|---|---|"]
     for row in got["losses"]:
         gap = f"{np.log(row['trunks'] / row['cosine']):+.2%}"
+        rate = f"{taken[row['params'], row['tokens']]:g}"
         size = f"| {row['params']:.3g} | {row['tokens']:.3g} "
-        lines.append(f"{size}| {row['trunks']:.4f} | {row['cosine']:.4f} | {gap} |")
+        lines.append(f"{size}| {row['trunks']:.4f} | {row['cosine']:.4f} | {rate} | {gap} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every D")
+    parser.add_argument(
+        "--rates", type=Path, help="a file for the brackets' answer: read, or written if absent"
+    )
     parser.add_argument("--write", action="store_true", help="keep the figures in benchmarks/results/")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        got = measure(Path(folder), args.scale)
+        if args.rates and args.rates.exists():
+            rates = json.loads(args.rates.read_text())
+        else:
+            rates = tune(Path(folder), args.scale)
+        if args.rates:
+            args.rates.write_text(json.dumps(rates, indent=1) + "\n")
+        got = measure(Path(folder), args.scale, rates)
     print(text(got))
     if args.write:
         results = ROOT / "benchmarks" / "results"
