@@ -40,7 +40,7 @@ def in_blocks(cell: Mapping, at_once: int, run: Callable, on_step, keep) -> np.n
       on_step, keep: what a trainer is given (``trainers.Trainer``).
 
     Returns:
-      None where ``on_step`` asked to stop.
+      None where ``on_step`` asked to stop, unless that was after the last step of all.
     """
     own, steps = cell["trainer"], cell["train"]["steps"]
     blocks, size = -(-own["draws"] // at_once), own[trainers.of(cell).size]
@@ -50,11 +50,16 @@ def in_blocks(cell: Mapping, at_once: int, run: Callable, on_step, keep) -> np.n
         (block, done), theta = divmod(int(saved.step), steps), saved.theta
         losses[:] = saved.losses
 
+    asked = False
+
     def each_chunk(done, theta):
-        stop = on_step(done)
-        if done < steps and (stop or keep.due()):
+        nonlocal asked
+        asked = on_step(done)
+        if done == steps:  # saved below, with the block's losses in place of its parameters
+            return False
+        if asked or keep.due():
             keep.save(progress(block * steps + done, theta, losses))
-        return stop
+        return asked
 
     while block < blocks:
         got = run(block * at_once, (done, theta), each_chunk)
@@ -62,4 +67,8 @@ def in_blocks(cell: Mapping, at_once: int, run: Callable, on_step, keep) -> np.n
             return None
         losses[block * at_once :][:at_once] = got.reshape(-1)
         block, done, theta = block + 1, 0, None
+        if block < blocks and (asked or keep.due()):
+            keep.save(progress(block * steps, np.zeros((at_once, size), np.float32), losses))
+            if asked:
+                return None
     return losses[: own["draws"]]

@@ -210,7 +210,7 @@ def test_a_cell_that_is_asked_to_stop_is_run_again(tmp_path):
     from scaling.run_trainer import run_trainer
     from scaling.train import Preempted
 
-    cell = validate_cell(CELL)
+    cell = validate_cell({**CELL, "train": {"batch": 1, "steps": 300}})  # two chunks
     job = Job(cell, CellFolder(tmp_path, cell_id(cell)))
     with pytest.raises(Preempted):
         run_trainer(job, lambda steps: next(iter(steps.values())) > 0)

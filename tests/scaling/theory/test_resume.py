@@ -53,12 +53,30 @@ def test_a_stopped_cell_goes_on_to_the_same_bytes(name, chunks, tmp_path, monkey
     assert not cut.folder.result.exists() and seen == all_seen[:chunks]
     rest, rest_seen = stop_after(10**6)
     result = run_trainer(cut, rest)
-    # the last chunk of a block is never kept, and here none before it was due
-    last = all_seen[chunks - 1] == cell["train"]["steps"]
-    assert rest_seen == all_seen[0 if last else chunks :]
+    assert rest_seen == all_seen[chunks:]  # also where a block had just ended
     assert cut.folder.result.read_bytes() == whole.folder.result.read_bytes()
     assert cut.folder.metrics.read_bytes() == whole.folder.metrics.read_bytes()
     assert result["status"] == "finished" and not cut.folder.checkpoints.exists()
+
+
+def test_blocks_of_one_chunk_are_saved_too(tmp_path, monkeypatch):
+    cell = validate_cell({**CELLS["plrf"], "train": {"batch": 2, "steps": 200}})
+    monkeypatch.setattr(cells, "MOST_ENTRIES", 2 * 32 * 8)  # three blocks, each of one chunk
+    whole, cut = job_in(tmp_path / "a", cell), job_in(tmp_path / "b", cell)
+    run_trainer(whole)
+    on_step, seen = stop_after(10**6)
+
+    def dies(steps):
+        on_step(steps)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        run_trainer(cut, dies, checkpoint_seconds=0.0)
+    rest, rest_seen = stop_after(1)  # asked to stop when nothing is left: it ends
+    assert run_trainer(cut, rest)["status"] == "finished" and rest_seen == [200]
+    assert cut.folder.result.read_bytes() == whole.folder.result.read_bytes()
 
 
 def test_a_killed_cell_goes_on_from_its_last_checkpoint(tmp_path):
