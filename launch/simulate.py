@@ -20,7 +20,7 @@ import numpy as np
 import fits
 from fits.laws.base import COLUMN_OF
 from scaling import __version__
-from scaling.claims import FolderStore, Observer, take
+from scaling.claims import FolderStore, Observer, read_attempts, take
 from scaling.config import ConfigError
 from scaling.files import CellFolder, StudyError, write_json, write_whole
 from scaling.trainers import achieved, tokens_per_step
@@ -30,6 +30,8 @@ SPEED = 1e11
 STRAGGLE = 8.0
 """How many times longer a straggler took."""
 CURVE_POINTS = 20
+FAILURES = 2
+"""Attempts of a cell that ends without a result: as many as it may have."""
 DEVICE = "simulated"
 
 
@@ -99,7 +101,7 @@ def simulate(manifest: dict, law: fits.Law, params: Mapping[str, float], noise: 
 def write_cells(
     study: Path, manifest: dict, law: fits.Law, params: Mapping[str, float], noise: Noise
 ) -> dict:
-    """Writes the files of every cell that has no result yet.
+    """Writes the files of every cell that was not simulated before.
 
     Returns:
       Counts by status.
@@ -110,15 +112,20 @@ def write_cells(
     counts: dict[str, int] = {}
     for entry in manifest["cells"]:
         folder = CellFolder(study, entry["id"])
-        if folder.config.exists():
-            if not folder.result.exists() or DEVICE not in folder.result.read_text():
-                raise StudyError(
-                    f"{folder.path} is of a real training; simulate into another folder (--study)"
-                )
+        if is_written(folder):
             continue
         status = write_cell(folder, entry, law, params, noise, manifest["data"])
         counts[status] = counts.get(status, 0) + 1
     return counts
+
+
+def is_written(folder: CellFolder) -> bool:
+    """Whether a cell was simulated before, to its end; raises as ``write_cells``."""
+    attempts = read_attempts(FolderStore(folder.attempts))
+    real = any(a.get("device_kind") != DEVICE for a in attempts if a["outcome"] is not None)
+    if real or (folder.result.exists() and DEVICE not in folder.result.read_text()):
+        raise StudyError(f"{folder.path} is of a real training; simulate into another folder (--study)")
+    return folder.result.exists() or [a["outcome"] for a in attempts].count("failed") == FAILURES
 
 
 def generator(*words) -> np.random.Generator:
@@ -163,7 +170,7 @@ def write_cell(folder: CellFolder, entry: Mapping, law, params, noise: Noise, da
     if kind == "straggler":
         _attempt(folder, "preempted", cut // 2, seconds / 2)
     if kind == "failed":
-        for _ in range(2):  # what it may fail
+        for _ in range(FAILURES):
             _attempt(
                 folder, "failed", cut, seconds, reason="RuntimeError: simulated failure", log=["simulated"]
             )

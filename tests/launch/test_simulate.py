@@ -95,6 +95,19 @@ def test_what_goes_wrong_is_recorded_as_in_a_real_study(tmp_path):
     assert len(fits.fit_table(table, bootstraps=0, sensitivity=False).data["columns"]) >= 3
 
 
+def test_written_again_nothing_changes_also_of_cells_that_failed(tmp_path):
+    noise = Noise(diverged=0.2, failed=0.2, stragglers=0.2, seed=1)
+    write(tmp_path, noise)
+    before = [(c["state"], c["attempts"]) for c in study_status(tmp_path)["cells"]]
+    assert write(tmp_path, noise) == {}
+    assert [(c["state"], c["attempts"]) for c in study_status(tmp_path)["cells"]] == before
+    cell = next(c["cell"] for c in study_status(tmp_path)["cells"] if c["state"] == "failed")
+    attempt = next(CellFolder(tmp_path, cell).attempts.glob("*.json"))
+    attempt.write_text(json.dumps({**json.loads(attempt.read_text()), "device_kind": "cpu"}))
+    with pytest.raises(StudyError, match="real training"):
+        write(tmp_path, noise)
+
+
 def test_a_grown_study_keeps_its_noise(tmp_path):
     write(tmp_path, Noise(size_effect=0.01))
     before = collect(tmp_path).set_index("cell")["loss"]
