@@ -212,6 +212,7 @@ def start(study: Path, on: str, as_json: bool, given: dict) -> int | None:
     from launch import pods
     from launch.engine import Group, ids
 
+    refuse_simulated(study)
     if all(CellFolder(study, name).result.exists() for name in ids(Group(study, tuple(cells)))):
         return say_nothing_to_do(study, cells, as_json)
     done = pods.write(on, study, target, settings, out, cells, options)
@@ -294,10 +295,8 @@ def todo_of(study: Path, cells, options: dict) -> list[dict]:
     wandb, pack = options["wandb"], options["pack"]
     if wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise StudyError("--wandb needs the package wandb; install the extra: pip install 'scaling[wandb]'")
-    manifest = read_manifest(study)
-    if "simulated" in manifest:
-        raise StudyError(f"{study} was written by `scaling simulate`; plan into another folder to train it")
-    known = {e["id"] for e in manifest["cells"]}
+    refuse_simulated(study)
+    known = {e["id"] for e in read_manifest(study)["cells"]}
     for cell in cells:
         if cell not in known:
             raise StudyError(f"--cell {cell!r} is not a cell of {study}; `scaling status {study}` lists them")
@@ -305,6 +304,14 @@ def todo_of(study: Path, cells, options: dict) -> list[dict]:
         raise StudyError(f"--pack is {pack!r} with --wandb; wandb mirrors one cell at a time: use --pack off")
     todo = [r for r in progress(study) if r["status"] not in ("finished", "diverged")]
     return [r for r in todo if not cells or r["cell"] in cells]
+
+
+def refuse_simulated(study: Path) -> None:
+    """Raises ``StudyError`` for a folder that `scaling simulate` wrote: its cells are not to be trained."""
+    from scaling.records import read_manifest
+
+    if "simulated" in read_manifest(study):
+        raise StudyError(f"{study} was written by `scaling simulate`; plan into another folder to train it")
 
 
 def say_nothing_to_do(study: Path, cells, as_json: bool) -> int:

@@ -9,7 +9,7 @@ import fits
 from fits.noise import find_repeats
 from fits.table import clean
 from launch.fitting import Fitted, as_json
-from launch.launching import run_here
+from launch.launching import run_here, start
 from launch.simulate import Noise, planted, planted_words, simulate, write_cells
 from launch.status import study_status
 from scaling.config import ConfigError
@@ -121,6 +121,9 @@ def test_real_and_simulated_do_not_mix(tmp_path):
     write(tmp_path, Noise())
     with pytest.raises(StudyError, match="simulate"):
         run_here(tmp_path, (), 1, 1, False, {"wandb": "off", "pack": "auto"})
+    given = {"cells": (), "dry_run": True, "settings": None, "target": "v5e", "out": None, "workers": None}
+    with pytest.raises(StudyError, match="simulate"):
+        start(tmp_path, "skypilot", False, {**given, "cores_per_worker": 1})
     result = CellFolder(tmp_path, read_manifest(tmp_path)["cells"][0]["id"]).result
     result.write_text(json.dumps({**json.loads(result.read_text()), "device_kind": "cpu"}))
     with pytest.raises(StudyError, match="real training"):
