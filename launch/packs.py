@@ -22,6 +22,12 @@ TYPICAL_PEAK, TYPICAL_BYTES = 200e12, 16 << 30
 """Taken for an accelerator whose own are not known: the smallest of today's data-centre chips."""
 
 
+def may_pack(options: Mapping) -> bool:
+    """Whether a worker with these options (by the names of ``scaling launch``) packs any cells."""
+    alone = options["accumulate"] > 1 or options["remat"] == "auto"
+    return options["wandb"] == "off" and options.get("mesh") is None and not alone
+
+
 def cells_that_fit(config: Mapping, how: str, on_cpu: bool, peak: float | None, memory: int | None) -> int:
     """How many cells of a config's shape to train together.
 

@@ -142,8 +142,7 @@ def groups(
 
 def packed(config: Mapping, target: Target, options: Mapping) -> int:
     """How many cells of a shape a worker trains side by side on the target; as ``launch.worker`` decides."""
-    alone = options["wandb"] != "off" or options["accumulate"] > 1 or options["remat"] == "auto"
-    if target.devices > 1 or alone:
+    if target.devices > 1 or not packs.may_pack(options):
         return 1
     return packs.cells_that_fit(config, options["pack"], False, target.peak_flops, target.memory)
 

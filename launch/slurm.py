@@ -328,8 +328,7 @@ def plan(
         words += ["--distributed", "auto"]
     if not settings.gpus_per_node:
         words += ["--cores", str(cores)]
-    packed = settings.processes == 1 and options["mesh"] is None and options["wandb"] == "off"
-    how = options["pack"] if packed and options["accumulate"] == 1 else "off"
+    how = options["pack"] if settings.processes == 1 and packs.may_pack(options) else "off"
     on_cpu = settings.gpus_per_node == 0
     budgets = Budgets(options["max_failures"], options["max_preemptions"])
     engine = Slurm(study, settings, f"scaling-{Path(study).resolve().name}", cores, parallel)

@@ -54,6 +54,7 @@ def main() -> int:
     held = bind_to_cores(args.cores) if args.cores and hasattr(os, "sched_setaffinity") else []
 
     from launch.engine import BAD_INPUT, PREEMPTED
+    from launch.packs import may_pack
     from launch.work import work
     from scaling.config import ConfigError
     from scaling.files import StudyError
@@ -83,8 +84,7 @@ def main() -> int:
         watchdog_seconds=args.watchdog_seconds,
     )
     try:
-        packed = args.wandb == "off" and mesh is None and args.accumulate == 1 and args.remat != "auto"
-        pack = args.pack if packed else "off"
+        pack = args.pack if may_pack(vars(args)) else "off"
         budgets = Budgets(args.max_failures, args.max_preemptions)
         work(args.study, execution, args.cell, pack, budgets, args.heartbeat_seconds, stop_on_sigterm())
     except (ConfigError, StudyError) as error:

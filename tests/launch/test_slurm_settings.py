@@ -119,6 +119,20 @@ def test_cells_of_one_shape_go_together_and_so_do_a_trunk_and_its_branches(corpu
     assert set(group.cells) == {e["id"] for e in entries}
 
 
+def test_cells_are_in_one_job_only_where_its_worker_packs_them(corpus, tmp_path):
+    cells = [{"params": 3e3, "tokens": 2e3, "seed": s} for s in range(4)]
+    plan(tmp_path / "p", tiny_study(corpus, grid={"kind": "list", "cells": cells, "min_steps": 10}))
+    words = ["launch", str(tmp_path / "p"), "--on", "slurm", "--dry-run", "--json", "--pack", "turns"]
+
+    def sizes(*more):
+        done = CliRunner().invoke(cli, [*words, *more])
+        assert done.exit_code == 0, done.output
+        return [len(job) for job in json.loads(done.stdout)["jobs"]]
+
+    assert sizes() == [4]
+    assert sizes("--remat", "auto") == sizes("--accumulate", "2") == [1, 1, 1, 1]
+
+
 def test_the_process_whose_fault_it_was_is_blamed(study_config, tmp_path):
     first, other, *_ = plan(tmp_path / "s", study_config)
     group, folders = Group(tmp_path / "s"), [CellFolder(tmp_path / "s", e["id"]) for e in (first, other)]
