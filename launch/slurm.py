@@ -19,15 +19,14 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor, SlurmInfoWatcher, SlurmJob
 
 from launch import packs
-from launch.engine import BAD_INPUT, Ended, Group, settle, unfinished
+from launch.engine import BAD_INPUT, Ended, Group, ids, settle
 from launch.options import as_argument
 from launch.settings import engine_table
 from launch.slurm_task import Task, job_name
-from scaling.attempts import Budgets
 from scaling.branches import spent_flops
 from scaling.claims import of_job
 from scaling.config import validate_cell
-from scaling.files import StudyError
+from scaling.files import CellFolder, StudyError
 from scaling.records import read_manifest
 
 LARGEST_ARRAY = 1000
@@ -270,10 +269,8 @@ def end_of(log: Path) -> str:
     return "".join(x for x in lines if not x.startswith(("srun: ", "slurmstepd: ", "submitit ")))
 
 
-def groups_of(
-    study: Path, only: Sequence[str], options: Sequence[str], budgets: Budgets, size_of
-) -> list[Group]:
-    """What is not done, a job each: a cell, a pack of cells of one shape, or a trunk with its branches.
+def groups_of(study: Path, only: Sequence[str], options: Sequence[str], size_of) -> list[Group]:
+    """What has no result, a job each: a cell, a pack of cells of one shape, or a trunk with its branches.
 
     Args:
       only: the cells to train; all where empty. options: of the workers. size_of: config to the most cells
@@ -284,7 +281,7 @@ def groups_of(
     """
     study = Path(study).resolve()
     entries = [{**e, "config": validate_cell(e["config"])} for e in read_manifest(study)["cells"]]
-    todo = set(unfinished(Group(study, tuple(only)), budgets))
+    todo = {name for name in ids(Group(study, tuple(only))) if not CellFolder(study, name).result.exists()}
     families: dict[str, list[dict]] = {}
     for entry in entries:
         if entry["id"] in todo:
@@ -330,10 +327,9 @@ def plan(
         words += ["--cores", str(cores)]
     how = options["pack"] if settings.processes == 1 and packs.may_pack(options) else "off"
     on_cpu = settings.gpus_per_node == 0
-    budgets = Budgets(options["max_failures"], options["max_preemptions"])
     engine = Slurm(study, settings, f"scaling-{Path(study).resolve().name}", cores, parallel)
     return engine, groups_of(
-        study, only, words, budgets, lambda config: packs.cells_that_fit(config, how, on_cpu, None, None)
+        study, only, words, lambda config: packs.cells_that_fit(config, how, on_cpu, None, None)
     )
 
 

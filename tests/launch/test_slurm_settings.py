@@ -14,7 +14,7 @@ from launch.cli import cli
 from launch.engine import Ended, Group
 from launch.planning import manifest_of
 from launch.slurm_task import blame
-from scaling.attempts import Budgets, tally
+from scaling.attempts import tally
 from scaling.claims import JOB, FolderStore, Observer, take
 from scaling.config import ConfigError
 from scaling.files import CellFolder, StudyError, write_json
@@ -97,25 +97,36 @@ def test_options_that_do_not_go_together(study_file, tmp_path):
 
 def test_a_job_has_a_cell_or_a_pack_and_finished_cells_have_none(study_config, tmp_path):
     entries = plan(tmp_path / "s", study_config)
-    one = slurm.groups_of(tmp_path / "s", (), ("--pack", "off"), Budgets(), lambda config: 1)
+    one = slurm.groups_of(tmp_path / "s", (), ("--pack", "off"), lambda config: 1)
     assert [len(g.cells) for g in one] == [1] * len(entries)
     assert one[0].options == ("--pack", "off") and one[0].study.is_absolute()
     write_json(CellFolder(tmp_path / "s", entries[0]["id"]).result, {})
-    left = slurm.groups_of(tmp_path / "s", (), (), Budgets(), lambda config: 1)
+    left = slurm.groups_of(tmp_path / "s", (), (), lambda config: 1)
     assert {g.cells for g in left} == {(e["id"],) for e in entries[1:]}
-    few = slurm.groups_of(tmp_path / "s", (entries[1]["id"],), (), Budgets(), lambda config: 1)
+    few = slurm.groups_of(tmp_path / "s", (entries[1]["id"],), (), lambda config: 1)
     assert [g.cells for g in few] == [(entries[1]["id"],)]
+
+
+def test_a_dry_run_lists_cells_that_were_given_up(study_file, tmp_path):
+    study = tmp_path / "s"
+    words = ["launch", str(study_file), "--study", str(study), "--on", "slurm", "--dry-run", "--json"]
+    first = json.loads(CliRunner().invoke(cli, words).stdout)["jobs"]
+    for entry in read_manifest(study)["cells"]:
+        claim = take(FolderStore(CellFolder(study, entry["id"]).attempts), "c", Observer())
+        claim.close("failed", reason="a config that would fail again", final=True)
+    again = CliRunner().invoke(cli, words)  # a launch would renew their budgets and try them
+    assert again.exit_code == 0 and json.loads(again.stdout)["jobs"] == first != []
 
 
 def test_cells_of_one_shape_go_together_and_so_do_a_trunk_and_its_branches(corpus, tmp_path):
     cells = [{"params": 3e3, "tokens": 2e3, "seed": s} for s in range(5)]
     plan(tmp_path / "p", tiny_study(corpus, grid={"kind": "list", "cells": cells, "min_steps": 10}))
-    packs = slurm.groups_of(tmp_path / "p", (), (), Budgets(), lambda config: 2)
+    packs = slurm.groups_of(tmp_path / "p", (), (), lambda config: 2)
     assert sorted(len(g.cells) for g in packs) == [1, 2, 2]
     grid = {"kind": "product", "params": [3e3], "tokens": [2e4, 4e4], "trunks": True}
     entries = plan(tmp_path / "t", tiny_study(corpus, grid=grid))
     assert any(e.get("trunk") for e in entries)
-    (group,) = slurm.groups_of(tmp_path / "t", (), (), Budgets(), lambda config: 1)
+    (group,) = slurm.groups_of(tmp_path / "t", (), (), lambda config: 1)
     assert set(group.cells) == {e["id"] for e in entries}
 
 
