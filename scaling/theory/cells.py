@@ -58,20 +58,21 @@ def plrf_truths(cells: list[Mapping]) -> dict | None:
 
     Returns:
       ``a`` and ``loss`` (N* ~ C^a, loss ~ C^-loss): at these budgets, by the deterministic equivalent
-      (``here``), and without bound (``limit``). None on a border between phases, or with one budget.
+      (``here``), and without bound (``limit``). None on a border between phases, with one budget, or where
+      no best size can be found at these budgets.
     """
     first = problem_of(cells[0])
     f = [cell["trainer"]["d"] * cell["train"]["batch"] * float(cell["train"]["steps"]) for cell in cells]
     low, high = min(f), max(f)
-    try:
-        limit = theory(first.alpha, first.beta)
-    except ValueError:
-        return None
     if high < 2 * low:
         return None
     fields = {"ambient": first.ambient, "batch": first.batch, "rate": first.rate}
     budgets = np.geomspace(low, high, 4)
-    d, loss = frontier(first.alpha, first.beta, budgets, sizes=13, **fields)
+    try:
+        limit = theory(first.alpha, first.beta)
+        d, loss = frontier(first.alpha, first.beta, budgets, sizes=13, **fields)
+    except ValueError:
+        return None
     (a, _), (x, _) = (np.polyfit(np.log(budgets), np.log(y), 1) for y in (d, loss))
     return {
         "words": f"phase {limit.phase}",
@@ -106,7 +107,7 @@ def run_structured(cell: Mapping, on_step: Callable[[int], bool], keep) -> list[
 def structured_truths(cells: list[Mapping]) -> dict | None:
     """Exponents of the best batch (``a``) and of the excess (``loss``) over samples; see ``plrf_truths``.
 
-    None without noise or with one budget.
+    None without noise, with one budget, or where one sample is the best batch.
     """
     problem = structured_of(cells[0])
     samples = [cell["train"]["batch"] * float(cell["train"]["steps"]) for cell in cells]
@@ -114,7 +115,10 @@ def structured_truths(cells: list[Mapping]) -> dict | None:
     if problem.noise == 0 or high < 2 * low:
         return None
     budgets = np.geomspace(low, high, 3)
-    batch, loss = np.array([best_batch(problem, c) for c in budgets]).T
+    try:
+        batch, loss = np.array([best_batch(problem, c) for c in budgets]).T
+    except ValueError:
+        return None
     (a, _), (x, _) = (np.polyfit(np.log(budgets), np.log(y), 1) for y in (batch, loss))
     return {
         "words": "best batch at fixed compute",

@@ -198,6 +198,18 @@ def test_bad_studies_are_refused(change, words):
         validate_study({**good, **change})
 
 
+@pytest.mark.parametrize(
+    ("trainer", "samples"),
+    [
+        ({"name": "structured", "decay": 2.0, "target": 3.0, "modes": 16, "noise": 1e-4}, (100, 1000)),
+        ({"name": "plrf", "alpha": 0.7, "beta": 0.3, "d": 8}, (1, 4)),  # fewer steps than the contour takes
+    ],
+)
+def test_where_no_optimum_can_be_found_no_truth_is_told(trainer, samples):
+    cells = [validate_cell({"trainer": trainer, "train": {"batch": 1, "steps": n}}) for n in samples]
+    assert trainers.truths_of(cells) == {}
+
+
 def test_what_is_for_language_models_says_so():
     with pytest.raises(ConfigError, match="scaling export"):
         trainers.refuse(CELL, "scaling export")
