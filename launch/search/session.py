@@ -199,7 +199,7 @@ def run_search(
         status = replay(algorithm, session)
         lacking = [name for name in session.entries if session.loss_of(name) is None]
         given_up = [name for name in lacking if name in asked]
-        if given_up or (asked and is_cancelled(study)):
+        if status == "waiting" and (given_up or (asked and is_cancelled(study))):
             status = "stopped"
         write_grown(study, session.manifest())
         record = session.record(status) | {"lacking": lacking if status == "stopped" else []}

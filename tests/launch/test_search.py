@@ -19,7 +19,7 @@ from launch.search.settings import load_search, validate_search
 from launch.work import job_of
 from scaling.branches import spent_flops
 from scaling.config import ConfigError
-from scaling.files import CellFolder, StudyError, read_json, read_jsonl
+from scaling.files import CellFolder, StudyError, read_json, read_jsonl, write_json
 from scaling.lane import Job
 from scaling.train import train_pack
 
@@ -390,6 +390,23 @@ def test_a_killed_search_decides_the_same_and_trains_nothing_twice(corpus, tmp_p
         )
         with pytest.raises(StudyError, match="has no checkpoint of step 9"):
             train_pack([lost])
+
+
+def test_a_cancel_after_the_last_cell_stops_nothing(corpus, tmp_path):
+    settings = tuned(corpus, tmp_path, "halving", configs=2, tokens=LEAST)  # a single round
+    study = tmp_path / "study"
+
+    def train():
+        for e in read_json(study / "manifest.json")["cells"]:
+            words = {"reason": None, "tokens": 1, "evals": [], "unique_tokens": 1, "epochs": 1.0}
+            result = {"cell": e["id"], "status": "finished", "loss": 2.0, **words}
+            write_json(CellFolder(study, e["id"]).result, result)
+        (study / "cancelled").touch()
+
+    record = run_search(
+        study, algorithm_of("halving"), lambda: Session(settings, FACTS, loss_on_disk(study)), train
+    )
+    assert record["status"] == "done" and record["answer"]["loss"] == 2.0
 
 
 @pytest.mark.slow
