@@ -76,9 +76,10 @@ def try_cells(study: Path, entries: list[dict], execution, keeper: Keeper, stop=
         for claim in held.values():
             claim.record |= {**device_words(execution), "pack": len(held)}
 
+        jobs = [job_of(study, e) for e in entries if e["id"] in held]
+        alone = "trainer" in jobs[0].cell  # in this process: the others wait, see follow
         try:
-            jobs = [job_of(study, e) for e in entries if e["id"] in held]
-            if "trainer" in jobs[0].cell:  # never packed
+            if alone:  # never packed
                 run_trainer(jobs[0], on_step, execution.checkpoint_seconds)
             else:
                 train_pack(jobs, execution, None, on_step)
@@ -86,6 +87,8 @@ def try_cells(study: Path, entries: list[dict], execution, keeper: Keeper, stop=
         except Preempted:
             for claim in held.values() if is_cancelled(study) else ():
                 claim.close("released")  # a person's wish is no preemption
+            if alone:
+                hosts.agree(None)
             raise
         except ClaimLost:
             if hosts.several():
@@ -114,6 +117,8 @@ def try_cells(study: Path, entries: list[dict], execution, keeper: Keeper, stop=
                 continue
             folder.log.write_text(log)
             claim.close("failed", reason=reason, final=final, log=log.splitlines()[-LAST_LINES:])
+    if alone and hosts.asked_to_stop():
+        raise Preempted
     return [*over, *held]
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +230,34 @@ def test_a_cell_that_is_asked_to_stop_is_run_again(tmp_path):
     assert not job.folder.result.exists()
     result = run_trainer(job, lambda steps: False)
     assert result["status"] == "finished" and run_trainer(job)["loss"] == result["loss"]
+
+
+def test_all_processes_of_a_job_ask_equally_often_whether_to_stop(tmp_path, monkeypatch):
+    from launch.work import follow, try_cells, work
+    from scaling import hosts
+    from scaling.claims import Keeper, Observer
+    from scaling.grid import write_manifest
+    from scaling.train import Execution, Preempted
+
+    cells = [{"params": 8, "tokens": n} for n in (100, 200)]
+    trainer = {"name": "plrf", "alpha": 0.7, "beta": 0.3, "dynamics": "equivalent"}
+    config = {"name": "s", "trainer": trainer, "grid": {"kind": "list", "cells": cells, "min_steps": 1}}
+    manifest = plan(validate_study(config), {})
+    write_manifest(tmp_path, manifest)
+    calls, stop = [], threading.Event()
+    monkeypatch.setattr(hosts, "agree", lambda value: calls.append(value) or value)
+    monkeypatch.setattr(hosts, "asked_to_stop", lambda: calls.append("asked") or False)
+    stop.set()
+    with pytest.raises(Preempted):  # the others are told, and do not wait for ever
+        try_cells(tmp_path, manifest["cells"][:1], Execution(), Keeper(Observer()), stop)
+    assert calls == [[manifest["cells"][0]["id"]], None]
+    calls.clear()
+    work(tmp_path, Execution())
+    first, calls[:] = list(calls), []
+    messages = iter([said for said in first if said != "asked"])
+    monkeypatch.setattr(hosts, "agree", lambda _: calls.append(next(messages)) or calls[-1])
+    follow(tmp_path, {e["id"]: e for e in manifest["cells"]}, None)
+    assert calls == first and calls.count("asked") == 2
 
 
 def test_the_option_is_in_the_help():
