@@ -140,8 +140,9 @@ def cancel(study, as_json):
     "--stragglers", type=float, default=0.0, show_default=True, help="Share of cells: 8 times longer."
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all of these.")
+@click.option("--grow", is_flag=True, help="Add the config's new cells to a simulated study.")
 @json_option
-def simulate(config, law, params, study, overrides, as_json, **noise):
+def simulate(config, law, params, study, overrides, grow, as_json, **noise):
     """Write a study folder whose losses are a law's plus noise: CONFIG's cells, planned but not trained.
 
     fit, report, status and the rest read it as a real one; `scaling fit` says what was planted.
@@ -158,7 +159,8 @@ def simulate(config, law, params, study, overrides, as_json, **noise):
     settings = load_study(config, list(overrides))
     study = study or Path("studies") / f"{settings['name']}-simulated"
     manifest = work.simulate(manifest_of(settings), law, given, wrong)
-    write_manifest(study, manifest)
+    work.check_same(study, manifest)
+    write_manifest(study, manifest, grow)
     counts = work.write_cells(study, manifest, law, given, wrong)
     said = ", ".join(f"{v} {k}" for k, v in counts.items()) or "nothing to do"
     words = f"{said}; simulated in {study}; next: scaling fit {study} --law {law.name}"

@@ -22,7 +22,7 @@ from fits.laws.base import COLUMN_OF
 from scaling import __version__
 from scaling.claims import FolderStore, Observer, read_attempts, take
 from scaling.config import ConfigError
-from scaling.files import CellFolder, StudyError, write_json, write_whole
+from scaling.files import CellFolder, StudyError, read_json, write_json, write_whole
 from scaling.trainers import achieved, tokens_per_step
 
 SPEED = 1e11
@@ -96,6 +96,21 @@ def simulate(manifest: dict, law: fits.Law, params: Mapping[str, float], noise: 
     }
     data = {k: v for k, v in manifest["data"].items() if k not in ("ideal_loss", "entropy_rate")}
     return {**manifest, "data": data, "simulated": about}
+
+
+def check_same(study: Path, manifest: Mapping) -> None:
+    """Raises ``StudyError`` where a folder holds a study from another law or noise, or a real one."""
+    path = Path(study) / "manifest.json"
+    if not path.exists():
+        return
+    there = read_json(path).get("simulated")
+    if there != manifest["simulated"]:
+        raise StudyError(
+            f"{study} was simulated with {there}, not with {manifest['simulated']}; use another folder "
+            "(--study)"
+            if there
+            else f"{study} is of a real training; simulate into another folder (--study)"
+        )
 
 
 def write_cells(

@@ -4,10 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from tiny_study import tiny_study
 
 import fits
 from fits.noise import find_repeats
 from fits.table import clean
+from launch.cli import cli
 from launch.fitting import Fitted, as_json
 from launch.launching import run_here, start
 from launch.simulate import Noise, planted, planted_words, simulate, write_cells
@@ -153,3 +156,20 @@ def test_noise_that_cannot_be():
     law, params = planted("chinchilla", PARAMS)
     with pytest.raises(ConfigError, match="trunks"):
         simulate(plan(settings, FACTS), law, params, Noise())
+
+
+def test_the_command_grows_a_study_under_the_same_law_alone(tmp_path, corpus):
+    config = tmp_path / "c.json"
+    grid = {"kind": "list", "cells": [{"params": 3e3, "tokens": 2e3}], "min_steps": 10}
+    words = ["simulate", str(config), "--study", str(tmp_path / "s"), "--json"]
+    words += [x for k, v in PARAMS.items() for x in ("--param", f"{k}={v}")]
+
+    def call(*more, seeds):
+        config.write_text(json.dumps(tiny_study(corpus, grid=grid, seeds=seeds)))
+        return CliRunner().invoke(cli, [*words, *more])
+
+    assert json.loads(call(seeds=[0]).stdout)["cells"] == {"finished": 1}
+    assert "add --grow" in str(call(seeds=[0, 1]).exception)
+    assert json.loads(call("--grow", seeds=[0, 1]).stdout)["cells"] == {"finished": 1}
+    other = call("--grow", "--seed-noise", "0.1", seeds=[0, 1, 2])
+    assert isinstance(other.exception, StudyError) and "'seed_noise': 0.003" in str(other.exception)
