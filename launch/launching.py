@@ -294,18 +294,23 @@ def todo_of(study: Path, cells, options: dict) -> list[dict]:
     """
     from scaling.records import progress, read_manifest
 
-    wandb, pack = options["wandb"], options["pack"]
-    if wandb != "off" and importlib.util.find_spec("wandb") is None:
-        raise StudyError("--wandb needs the package wandb; install the extra: pip install 'scaling[wandb]'")
+    check_wandb(options)
     refuse_simulated(study)
     known = {e["id"] for e in read_manifest(study)["cells"]}
     for cell in cells:
         if cell not in known:
             raise StudyError(f"--cell {cell!r} is not a cell of {study}; `scaling status {study}` lists them")
-    if wandb != "off" and pack in ("turns", "vmap"):
-        raise StudyError(f"--pack is {pack!r} with --wandb; wandb mirrors one cell at a time: use --pack off")
     todo = [r for r in progress(study) if r["status"] not in ("finished", "diverged")]
     return [r for r in todo if not cells or r["cell"] in cells]
+
+
+def check_wandb(options: dict) -> None:
+    """Raises ``StudyError`` where --wandb is given without the package, or with --pack."""
+    wandb, pack = options["wandb"], options["pack"]
+    if wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise StudyError("--wandb needs the package wandb; install the extra: pip install 'scaling[wandb]'")
+    if wandb != "off" and pack in ("turns", "vmap"):
+        raise StudyError(f"--pack is {pack!r} with --wandb; wandb mirrors one cell at a time: use --pack off")
 
 
 def refuse_simulated(study: Path) -> None:

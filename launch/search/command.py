@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 from rich.table import Table
 
+from launch.launching import check_wandb
 from launch.options import DEVICE_OPTIONS, PATH, RUN_OPTIONS, WORKER_OPTIONS, as_argument, with_options
 from launch.output import console, emit, json_option
 
@@ -31,6 +32,7 @@ def search(config, study, overrides, dry_run, workers, cores_per_worker, as_json
     from launch.search.settings import load_search
     from scaling.grid import check_data
 
+    check_wandb(options)
     settings = load_search(config, list(overrides))
     study = study or Path("studies") / settings["name"]
     data = facts_of(settings)

@@ -392,6 +392,15 @@ def test_a_killed_search_decides_the_same_and_trains_nothing_twice(corpus, tmp_p
             train_pack([lost])
 
 
+def test_options_that_do_not_go_together_are_refused_before_anything_is_trained(corpus, tmp_path):
+    given = {"params": 3e3, "tokens": 2 * LEAST, "least_tokens": LEAST, "space": SPACE}
+    path = searched(corpus, tmp_path, kind="halving", configs=2, **given)
+    done = CliRunner().invoke(
+        cli, ["search", str(path), "--dry-run", "--wandb", "offline", "--pack", "turns"]
+    )
+    assert isinstance(done.exception, StudyError) and "--wandb" in str(done.exception)
+
+
 def test_a_cancel_after_the_last_cell_stops_nothing(corpus, tmp_path):
     settings = tuned(corpus, tmp_path, "halving", configs=2, tokens=LEAST)  # a single round
     study = tmp_path / "study"
