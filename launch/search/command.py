@@ -71,20 +71,22 @@ def at_most(algorithm, settings: dict, data: dict) -> dict:
 
     losses: dict[str, float] = {}
     session = Session(settings, data, lambda cell: losses.setdefault(cell, 1.0 + 1e-6 * len(losses)))
+
+    def planned() -> dict:
+        budget = session.search["budget"] = settings["search"]["budget"]
+        return session.record("planned: more than its budget" if session.spent > budget else "planned")
+
     if settings["search"]["kind"] != "law":
         session.search = {**session.search, "budget": math.inf, "sampler": _untold(session.search)}
         replay(algorithm, session)
-        session.search["budget"] = settings["search"]["budget"]
         for r in session.rounds:
             r["losses"] = []
-        over = session.spent > settings["search"]["budget"]
-        return session.record("planned: more than its budget" if over else "planned") | {"answer": None}
+        return planned() | {"answer": None}
     pool = Pool(plan({k: v for k, v in settings.items() if k != "search"}, data))
     first = start(pool)
     session.search = {**session.search, "budget": math.inf}
     session.ask(pool.grow(first), [], chosen=len(first))
-    session.search["budget"] = settings["search"]["budget"]
-    return session.record("planned") | {"pool_flops": pool.whole, "pool": len(pool.cells)}
+    return planned() | {"pool_flops": pool.whole, "pool": len(pool.cells)}
 
 
 def _untold(search: dict) -> str:

@@ -83,7 +83,11 @@ class Pool:
 
 
 def start(pool: Pool) -> list[int]:
-    """The cheap corner: some sizes and D of the lower halves, at the lowest seed."""
+    """The cheap corner: some sizes and D of the lower halves, at the lowest seed.
+
+    Raises:
+      ConfigError: the grid leaves none.
+    """
     seeds = [e["config"]["train"]["seed"] for e in pool.cells]
     sizes = sorted({n for n, _ in pool.points})
     half = sizes[: max(START_SIZES, math.ceil(len(sizes) / 2) + 1)]
@@ -94,7 +98,10 @@ def start(pool: Pool) -> list[int]:
         own.sort(key=lambda i: pool.points[i][1])
         own = own[: max(START_TOKENS, math.ceil(len(own) / 2))]
         out += [own[round(k)] for k in np.linspace(0, len(own) - 1, min(START_TOKENS, len(own)))]
-    return list(dict.fromkeys(out))
+    out = list(dict.fromkeys(out))
+    if len(out) < 6:
+        raise ConfigError(f"grid has {len(out)} cells to begin with; a law needs more sizes and D than that")
+    return out
 
 
 def narrow(session: Session) -> None:
@@ -113,10 +120,6 @@ def narrow(session: Session) -> None:
     cost = FlopsOfSize(session.recipe, model, seq) if s["quantity"] == "N*" else None
     asked = {"quantity": s["quantity"], "at": s["at"], "flops": cost}
     picks, done, widths, losses = start(pool), [], [], {}
-    if len(picks) < 6:
-        raise ConfigError(
-            f"grid has {len(picks)} cells to begin with; a law needs more sizes and D than that"
-        )
     while True:
         got = session.ask(pool.grow(picks), [pool.cells[i]["id"] for i in picks], chosen=len(picks))
         losses |= dict(zip(picks, got, strict=True))

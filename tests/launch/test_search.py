@@ -272,6 +272,9 @@ def test_a_law_is_known_from_the_cells_that_tell_most(corpus, tmp_path):
     assert answer["share"] < 0.5 and answer["flags"][0]["code"] == "adaptive"
     # what it says to have spent is what its entries cost, trunks once; prices told before are those paid
     assert session.spent == pytest.approx(sum(map(spent_flops, session.entries.values())))
+    first = session.rounds[0]["flops"]
+    asked = [at_most(law.narrow, law_settings(corpus, tmp_path, budget=x * first), FACTS) for x in (0.9, 1.1)]
+    assert [a["status"] for a in asked] == ["planned: more than its budget", "planned"]
     half = 0.5 * session.spent
     made[0] = Session(law_settings(corpus, tmp_path, budget=half), FACTS, planted_loss(lambda: made[0]))
     assert replay(law.narrow, made[0]) == "out of budget" and made[0].spent <= half
