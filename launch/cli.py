@@ -13,6 +13,7 @@ from rich.markup import escape
 from launch.launching import COMMANDS
 from launch.options import (
     BUDGET_OPTIONS,
+    FOR_A_LAW,
     LIMIT_OPTIONS,
     PATH,
     PREFLIGHT_OPTIONS,
@@ -277,6 +278,10 @@ def fit(table, out, by, as_json, **options):
     if by is not None:
         from launch import frontiers
 
+        context = click.get_current_context()
+        for name in FOR_A_LAW:
+            if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+                raise ConfigError(f"--{name.replace('_', '-')} is given with --by, which fits no law")
         rows = frontiers.frontiers(table, by, options)
         path = frontiers.save(rows, table, by, out)
 

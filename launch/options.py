@@ -190,6 +190,10 @@ def as_argument(name: str, value) -> list[str]:
     return [flag] if value is True else [flag, str(value)]
 
 
+FOR_A_LAW = ("law", "loss", "delta", "delta_unit", "tau", "weights", "stderr", "space", "cluster", "fixed")
+"""Of ``fit_options``, those that say nothing where no law is fitted."""
+
+
 def fit_options(command):
     """Options that say how to fit, shared by the commands that fit."""
     options = [

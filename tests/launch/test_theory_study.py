@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 
 import fits
 from fits.exponents import frontier_exponents
+from launch.cli import cli
 from launch.frontiers import as_table, frontiers
 from launch.status import study_status
 from scaling import trainers
@@ -263,6 +265,12 @@ def test_all_processes_of_a_job_ask_equally_often_whether_to_stop(tmp_path, monk
 def test_the_option_is_in_the_help():
     done = scaling("fit", "--help", cwd=ROOT)
     assert "--by COLUMN" in done.stdout
+
+
+@pytest.mark.parametrize("given", [["--law", "kaplan"], ["--fixed", "E=1"], ["--delta-unit", "scale"]])
+def test_by_refuses_what_is_for_a_law(given):
+    done = CliRunner().invoke(cli, ["fit", "table.csv", "--by", "family", *given])
+    assert isinstance(done.exception, ConfigError) and f"{given[0]} is given with --by" in str(done.exception)
 
 
 @pytest.mark.parametrize("name", ["plrf", "structured", "markov", "grammar", "graphs"])
