@@ -64,13 +64,19 @@ def algorithm_of(kind: str):
 
 
 def at_most(algorithm, settings: dict, data: dict) -> dict:
-    """The record of a search in which nothing is known: its cost where that does not hang on results."""
+    """The record of a search in which nothing is known, at the most it may cost: see ``dear_loss``."""
     from launch.search.law import Pool, start
     from launch.search.session import Session, replay
     from scaling.grid import plan
 
     losses: dict[str, float] = {}
-    session = Session(settings, data, lambda cell: losses.setdefault(cell, 1.0 + 1e-6 * len(losses)))
+
+    def dear_loss(cell: str) -> float:
+        """Larger models go on; of one size the latest, so that no pass promotes what an earlier one did."""
+        size = session.entries[cell]["achieved"]["params_total"]
+        return losses.setdefault(cell, -size * (1 + 1e-9 * len(losses)))
+
+    session = Session(settings, data, dear_loss)
 
     def planned() -> dict:
         budget = session.search["budget"] = settings["search"]["budget"]

@@ -124,6 +124,26 @@ def test_deepening_keeps_what_ran(corpus, tmp_path, strategy):
             assert set(old.get("promoted", ())) <= set(new.get("promoted", ()))
 
 
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("hyperband", {"params": None, "space": {**SPACE, "params": [3e3, 6e3, 12e3]}}),
+        ("deepening", {"strategy": "efficient"}),
+        ("deepening", {"strategy": "discarding"}),
+        ("deepening", {"strategy": "preserving"}),
+    ],
+)
+def test_a_dry_run_says_what_it_costs_at_most(corpus, tmp_path, kind, more):
+    more = {"tokens": [4 * LEAST, 8 * LEAST], **more} if kind == "deepening" else more
+    settings, spent = tuned(corpus, tmp_path, kind, **more), []
+    most = at_most(algorithm_of(kind), settings, FACTS)["spent"]
+    for turn in range(8):
+        session, status = run(settings, lambda cell, turn=turn: float(int(cell[turn : turn + 6], 16)))
+        assert status == "done"
+        spent.append(session.spent)
+    assert max(spent) <= most * (1 + 1e-9)  # sums of floats in another order
+
+
 def test_a_budget_is_kept_and_a_larger_one_goes_on(corpus, tmp_path):
     whole, _ = run(tuned(corpus, tmp_path, "hyperband"))
     ids = list(whole.entries)
