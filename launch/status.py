@@ -73,7 +73,8 @@ def cell_status(study: Path | str, entry: dict) -> dict:
             "mfu": mfu(timing.get("flops_per_second"), kind),
             "reason": result["reason"],
         }
-    row["step"] = max(row["first"], row["durable_step"] or 0)
+    # a trainer's cell counts the steps of its blocks together
+    row["step"] = min(row["steps"], max(row["first"], row["durable_step"] or 0))
     if last is None:
         return row
     if counts[-1] is not None:

@@ -37,7 +37,7 @@ def in_blocks(cell: Mapping, at_once: int, run: Callable, on_step, keep) -> np.n
 
     Args:
       at_once: draws in a block. run: (first draw, begin, on_step) -> losses [at_once]; see ``sgd.run_lanes``.
-      on_step, keep: what a trainer is given (``trainers.Trainer``).
+      on_step, keep: what a trainer is given (``trainers.Trainer``); told are the mean steps of all blocks.
 
     Returns:
       None where ``on_step`` asked to stop, unless that was after the last step of all.
@@ -54,7 +54,7 @@ def in_blocks(cell: Mapping, at_once: int, run: Callable, on_step, keep) -> np.n
 
     def each_chunk(done, theta):
         nonlocal asked
-        asked = on_step(done)
+        asked = on_step((block * steps + done) // blocks)
         if done == steps:  # saved below, with the block's losses in place of its parameters
             return False
         if asked or keep.due():

@@ -262,6 +262,19 @@ def test_all_processes_of_a_job_ask_equally_often_whether_to_stop(tmp_path, monk
     assert calls == first and calls.count("asked") == 2
 
 
+def test_a_cell_of_several_blocks_is_never_more_than_done(tmp_path):
+    from scaling.files import CellFolder
+    from scaling.grid import write_manifest
+
+    trainer = {"name": "plrf", "alpha": 0.7, "beta": 0.3, "draws": 9}
+    grid = {"kind": "list", "cells": [{"params": 8, "tokens": 500}], "min_steps": 1}
+    manifest = plan(validate_study({"name": "s", "trainer": trainer, "grid": grid}), {})
+    write_manifest(tmp_path, manifest)
+    (CellFolder(tmp_path, manifest["cells"][0]["id"]).checkpoints / "1300").mkdir(parents=True)
+    found = study_status(tmp_path)
+    assert found["cells"][0]["step"] == 500 and found["study"]["done"] <= 1
+
+
 def test_the_option_is_in_the_help():
     done = scaling("fit", "--help", cwd=ROOT)
     assert "--by COLUMN" in done.stdout

@@ -74,6 +74,7 @@ def test_blocks_of_one_chunk_are_saved_too(tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         run_trainer(cut, dies, checkpoint_seconds=0.0)
+    assert seen == [66, 133, 200]  # of 200, as status shows it
     rest, rest_seen = stop_after(1)  # asked to stop when nothing is left: it ends
     assert run_trainer(cut, rest)["status"] == "finished" and rest_seen == [200]
     assert cut.folder.result.read_bytes() == whole.folder.result.read_bytes()
