@@ -149,6 +149,18 @@ def _check_law(out: dict) -> dict:
         raise ConfigError(
             "search.at is missing; search.quantity = 'N*' needs the FLOPs at which N* is wanted"
         )
+    import fits  # here: the other kinds fit nothing
+    from fits.adaptive import value_of
+
+    try:
+        law = fits.get_law(out["law"])
+        value_of(law, out["quantity"], out["at"])
+    except fits.FitError as error:
+        raise ConfigError(f"search.law is {out['law']!r}: {error}") from error
+    if set(law.variables) != {"N", "D"}:
+        raise ConfigError(
+            f"search.law is {out['law']!r}, in {', '.join(law.variables)}; it must be a law in N and D"
+        )
     return out
 
 
