@@ -206,7 +206,7 @@ def _check_population(out: dict) -> dict:
     for value in factors:
         _positive("factors", value)
     for name in out["space"]:
-        if not name.startswith("optim."):
+        if not name.startswith("optim.") or name == "optim.name":
             raise ConfigError(
                 f"search.space has {name!r}; with search.kind = 'population' only numbers of optim can "
                 "change during training"

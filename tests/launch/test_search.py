@@ -335,6 +335,7 @@ BAD = [
     ({"kind": "halving", "space": {"optim.lr": {"low": 1, "high": 0.1}}}, "low must be below high"),
     ({"kind": "halving", "sampler": "grid"}, "has no points"),
     ({"kind": "population", "space": {"schedule.decay_fraction": [0.1]}}, "only numbers of optim"),
+    ({"kind": "population", "space": {"optim.name": ["adamw", "lion"]}}, "only numbers of optim"),
 ]
 
 
