@@ -105,7 +105,7 @@ def read_settings(path: Path | None) -> Settings:
         if isinstance(value, list):
             right = right and all(isinstance(x, str) for x in value)
         if not right or (key in POSITIVE and value <= 0) or (key == "gpus_per_node" and value < 0):
-            least = " above 0" if key in POSITIVE else ""
+            least = " above 0" if key in POSITIVE else " of at least 0" if key == "gpus_per_node" else ""
             raise StudyError(f"{path}: {key} is {value!r}; it must be {words}{least}")
     settings = Settings(**found)
     if settings.stop_seconds >= 60 * settings.time:

@@ -31,7 +31,7 @@ from scaling.study import validate_study
         ("nodes = 'two'", "nodes is 'two'.*an integer"),
         ("nodes = true", "nodes is True"),
         ("setup = ['a', 1]", "setup is .*list of strings"),
-        ("gpus_per_node = -1", "gpus_per_node is -1"),
+        ("gpus_per_node = -1", "gpus_per_node is -1; it must be an integer of at least 0"),
         ("time = 2\nstop_seconds = 120", "stop_seconds is 120, not less than time"),
         ("time = ", "is not TOML"),
     ],
