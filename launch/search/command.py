@@ -154,9 +154,10 @@ def show(record: dict, study: Path) -> None:
     for flag in answer.get("flags", ()):
         console.print(f"flag: {flag['text']}", soft_wrap=True)
     if "quantity" in answer:
+        estimate = "none" if answer["estimate"] is None else f"{answer['estimate']:.4g}"
         width = "none" if answer["half_width"] is None else f"{answer['half_width']:.3g}"
         console.print(
-            f"{answer['quantity']} = {answer['estimate']:.4g}, 95 % half-width {width} from {answer['rows']} "
+            f"{answer['quantity']} = {estimate}, 95 % half-width {width} from {answer['rows']} "
             f"of {answer['pool']} cells, for {answer['share']:.0%} of the pool's FLOPs; next: scaling fit "
             f"{study}",
             soft_wrap=True,

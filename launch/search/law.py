@@ -200,11 +200,11 @@ def describe(fit, widths, session: Session, pool: Pool, asked: dict) -> dict | N
     """The answer so far, with what to doubt."""
     if fit is None:
         return None
-    estimate = float(np.squeeze(value_of(fit.law, **asked)(fit.params)))
+    estimate = float(np.squeeze(value_of(fit.law, **asked)(fit.params)))  # NaN: N* is nowhere under this fit
     flags = [ADAPTIVE, *fit.flags]
     return {
         "quantity": asked["quantity"],
-        "estimate": math.exp(estimate) if asked["quantity"] == "N*" else estimate,
+        "estimate": _finite(math.exp(estimate) if asked["quantity"] == "N*" else estimate),
         "half_width": _finite(widths[0]),
         "linear_half_width": _finite(widths[1]),
         "status": fit.status,

@@ -12,7 +12,7 @@ from tiny_study import tiny_study
 
 from launch.cli import cli
 from launch.search import law, tuning
-from launch.search.command import algorithm_of, at_most
+from launch.search.command import algorithm_of, at_most, show
 from launch.search.points import draw, perturbed
 from launch.search.session import Session, loss_on_disk, replay, run_search
 from launch.search.settings import load_search, validate_search
@@ -299,6 +299,22 @@ def test_a_law_is_known_from_the_cells_that_tell_most(corpus, tmp_path):
     made[0] = Session(law_settings(corpus, tmp_path, budget=half), FACTS, planted_loss(lambda: made[0]))
     assert replay(law.narrow, made[0]) == "out of budget" and made[0].spent <= half
     assert set(made[0].entries) & set(session.entries)
+
+
+def test_an_optimum_that_is_nowhere_is_none_in_the_record(corpus, tmp_path):
+    settings, made = law_settings(corpus, tmp_path, quantity="N*", at=1e9, budget=2e10), []
+
+    def of_size_alone(cell):
+        jitter = np.random.default_rng(int(cell[:8], 16)).standard_normal()
+        return (1.5 + 40 * made[0].entries[cell]["achieved"]["params_total"] ** -0.3) * math.exp(
+            0.002 * jitter
+        )
+
+    made.append(Session(settings, FACTS, of_size_alone))
+    record = made[0].record(replay(law.narrow, made[0]))
+    assert record["answer"]["estimate"] is None
+    write_json(tmp_path / "search.json", record)  # no NaN
+    show({**record, "lacking": []}, tmp_path)
 
 
 def test_prices_of_a_grid_are_what_its_entries_cost(corpus, tmp_path):
