@@ -70,7 +70,8 @@ def populate(session: Session) -> None:
     final = cooldown(session, best)
     loss = session.ask([final], [final["id"]], cooldown=order[0])[0]
     tokens = final["achieved"]["tokens"]
-    session.answer = {"point": best.point, "tokens": tokens, "loss": loss, "cell": final["id"]}
+    if math.isfinite(loss):  # else the answer stays the one before the cooldown
+        session.answer = {"point": best.point, "tokens": tokens, "loss": loss, "cell": final["id"]}
 
 
 def generation_ends(session: Session, point: dict) -> list[int]:

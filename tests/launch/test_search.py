@@ -220,6 +220,19 @@ def test_a_population_copies_the_better_and_is_deterministic(corpus, tmp_path):
     assert part.answer["loss"] == min(part.rounds[-2]["losses"])
 
 
+def test_a_cooldown_that_diverges_leaves_the_answer_before_it(corpus, tmp_path):
+    more = {"params": 3e3, "tokens": 8 * LEAST, "space": SPACE, "members": 2, "generations": 2}
+    settings, made = settings_of(corpus, tmp_path, kind="population", **more), []
+
+    def loss_of(cell):
+        return math.inf if made[0].entries[cell]["role"] == "branch" else float(int(cell[:4], 16))
+
+    made.append(Session(settings, FACTS, loss_of))
+    record = made[0].record(replay(algorithm_of("population"), made[0]))
+    write_json(tmp_path / "record.json", record)  # no infinity
+    assert record["status"] == "done" and math.isfinite(record["answer"]["loss"])
+
+
 def test_points_are_functions_of_seed_stream_and_index():
     search = {"seed": 3, "space": {**SPACE, "optim.beta2": [0.9, 0.99]}, "sampler": "random"}
     points = [draw(search, "a", k) for k in range(200)]
