@@ -58,9 +58,11 @@ class Never:
 
 def test_without_noise_there_is_no_law_of_the_batch():
     cell = {"trainer": {"name": "structured", "decay": 2.0, "target": 3.0, "modes": 8, "noise": 0.0}}
-    cells = [validate_cell({**cell, "train": {"batch": 2, "steps": s}}) for s in (10, 100)]
+    cells = [validate_cell({**cell, "train": {"batch": 2, "steps": s}}) for s in (10, 1000)]
     assert structured_truths(cells) is None
-    assert run_structured(cells[0], lambda step: True, Never()) is None  # asked to stop
+    # asked to stop; after the last step there is nothing to stop
+    assert run_structured(cells[1], lambda step: True, Never()) is None
+    assert run_structured(cells[0], lambda step: True, Never())[0]["step"] == 10
     with pytest.raises(ValueError, match="end of what was tried"):
         best_batch(Structured(2.0, 1.5, 32, rate=0.1, noise=0.0), 1e3)
 
