@@ -18,6 +18,7 @@ from scaling.flops import ledger
 from scaling.layers import branches, heads_multiple, pattern
 
 MOST_PARAMS = 1e14  # a typing error above this
+MOST_REFUSED = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,8 +177,9 @@ def shape(recipe: Recipe, model: Mapping, params: float, seq: int) -> dict:
     Raises:
       ConfigError: ``params`` is not positive, or is smaller than half the smallest shape.
     """
-    model, best, best_key = with_base(recipe, model, seq), None, None
+    model, best, best_key, least = with_base(recipe, model, seq), None, None, math.inf
     for width, layers in _sizes(recipe, model, params, seq):
+        least = min(least, width)
         n = _params(recipe, model, width, layers, seq)
         miss = abs(math.log(n / params))
         aspect = abs(math.log(width / depth(model, layers) / recipe.width_per_layer))
@@ -185,11 +187,11 @@ def shape(recipe: Recipe, model: Mapping, params: float, seq: int) -> dict:
         if best_key is None or key < best_key:
             best, best_key = (width, layers), key
     if best_key[0] == 1 and best_key[1] > math.log(2):
-        step, period = _width_step(recipe, model), len(pattern(model))
-        smallest = _params(recipe, model, step, period, seq)
+        period = len(pattern(model))
+        smallest = _params(recipe, model, least, period, seq)
         count = f"{period} layers" if period > 1 else "1 layer"
         raise ConfigError(
-            f"params is {params:g}; this recipe's smallest shape (d_model {step}, {count}) has {smallest:,}"
+            f"params is {params:g}; this recipe's smallest shape (d_model {least}, {count}) has {smallest:,}"
         )
     return make_shape(recipe, model, *best)
 
@@ -250,8 +252,11 @@ def _width_step(recipe: Recipe, model: Mapping) -> int:
 def _sizes(recipe: Recipe, model: Mapping, params: float, seq: int, spread: int = 0):
     """(d_model, layers) around a target N: of every width the depths next to it, and ``spread`` beyond.
 
+    Widths that a layer refuses, as blocks or fractions do not divide them, are left out.
+
     Raises:
-      ConfigError: a target that is not positive, or a typing error.
+      ConfigError: a target that is not positive, or a typing error; ``MOST_REFUSED`` widths in a row that a
+        layer refuses.
     """
     if not 0 < params < MOST_PARAMS:
         raise ConfigError(f"params is {params!r}; a target N must be positive and below {MOST_PARAMS:g}")
@@ -261,9 +266,17 @@ def _sizes(recipe: Recipe, model: Mapping, params: float, seq: int, spread: int 
     width, widest = step, math.inf
     if ideal > 64 * step:
         width, widest = step * int(ideal / 8 / step), 8 * ideal
-    period = len(pattern(model))
+    period, refused = len(pattern(model)), 0
     while width <= widest:
-        one, two = (_params(recipe, model, width, k, seq) for k in (period, 2 * period))
+        try:
+            one, two = (_params(recipe, model, width, k, seq) for k in (period, 2 * period))
+        except ValueError as error:
+            refused += 1
+            if refused == MOST_REFUSED:
+                raise ConfigError(str(error)) from error
+            width += step
+            continue
+        refused = 0
         if not first and one > 2 * params:
             return
         guess = period * (1 + (params - one) / (two - one))

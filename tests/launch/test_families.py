@@ -1,6 +1,7 @@
 """`scaling families`: tuned alike, trained, fitted and compared; a second call does nothing."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from tiny_study import tiny_study
 from launch.families import judged, load, study_of
 from launch.family_costs import ByTheToken
 from launch.show_families import told
-from scaling.recipe import round4
+from scaling.flops import ledger
+from scaling.layers import FAMILIES
+from scaling.recipe import recipe_from_config, round4, shape
 from scaling.records import read_manifest
 
 
@@ -100,3 +103,16 @@ def test_cost_by_the_token_is_linear_in_logs_and_goes_on_with_the_end_slopes():
     # slopes of 1 below and 2 above
     np.testing.assert_allclose(cost([1e2, 10**4.5, 1e6], 1.0), [1e-7, 1e-4, 1e-1], rtol=1e-12)
     assert ByTheToken([1e3], [2.0], "x")(7e8, 3.0) == 6.0
+
+
+def test_every_family_has_shapes_on_the_grid_of_all():
+    config = load(Path(__file__).resolve().parents[2] / "experiments" / "all_families.py")
+    named = {study_of(config, name)["model"].get("family", "transformer") for name in config["families"]}
+    assert set(FAMILIES) <= named
+    for name in config["families"]:
+        study = study_of(config, name)
+        recipe = recipe_from_config(study["recipe"])
+        for params in {n for row in study["grid"]["params"] for n in row}:
+            model = shape(recipe, {"vocab": 256, **study["model"]}, params, study["data"]["seq"])
+            # as near as shapes of two or three layers come; at 10k the Monarch mixer has one shape
+            assert 0.8 < ledger(model, study["data"]["seq"]).params_total / params < 1.4, (name, params)

@@ -1,5 +1,6 @@
 """The rules: each exponent is the one that is cited, and every shape can be built."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -93,6 +94,20 @@ def test_shape_refuses_what_cannot_be_built():
         shape(RECIPE, MODEL, 100.0, 128)
     with pytest.raises(ConfigError, match="params is -5"):
         shape(RECIPE, MODEL, -5.0, 128)
+
+
+def test_widths_that_a_layer_refuses_are_left_out():
+    """Monarch matrices of four blocks: of multiples of six every other width divides, from 24 on."""
+    recipe = dataclasses.replace(RECIPE, width_multiple=6, width_per_layer=12.0)
+    monarch = {"vocab": 256, "family": "monarch", "monarch_blocks": 4, "head_dim": 6}
+    for params in (1e4, 3e4, 1e5):
+        model = shape(recipe, monarch, params, 128)
+        assert model["d_model"] % 12 == 0 and model["d_model"] >= 24
+        assert ledger(model, 128).params_total == pytest.approx(params, rel=0.25)  # few shapes so small
+    with pytest.raises(ConfigError, match="smallest shape .d_model 24, 1 layer. has"):
+        shape(recipe, monarch, 100, 128)
+    with pytest.raises(ConfigError, match="monarch_blocks is 1000"):
+        shape(recipe, {**monarch, "monarch_blocks": 1000}, 1e4, 128)
 
 
 def test_kv_group():
