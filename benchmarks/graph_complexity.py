@@ -12,21 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# beside this script lies fits.py, which would be found in place of the package
-sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-from scipy.stats import linregress, t  # noqa: E402
+import jax
+import numpy as np
+from scipy.stats import linregress, t
 
-import fits  # noqa: E402
-from launch.cli import cli  # noqa: E402
-from scaling.data.synthetic import make_source  # noqa: E402
-from scaling.records import collect, read_manifest  # noqa: E402
+import fits
+from launch.cli import cli
+from scaling.data.synthetic import make_source
+from scaling.records import collect, read_manifest
 
 CONFIG = Path(__file__).parents[1] / "experiments" / "theory" / "graphs.py"
 PREFACE = """# Exponents against the complexity of the source

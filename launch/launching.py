@@ -214,7 +214,7 @@ def start(study: Path, on: str, as_json: bool, given: dict) -> int | None:
     from launch import pods
     from launch.engine import Group, ids
 
-    refuse_simulated(study)
+    real_manifest(study)
     if all(CellFolder(study, name).result.exists() for name in ids(Group(study, tuple(cells)))):
         return say_nothing_to_do(study, cells, as_json)
     done = pods.write(on, study, target, settings, out, cells, options)
@@ -292,11 +292,10 @@ def todo_of(study: Path, cells, options: dict) -> list[dict]:
     Raises:
       StudyError: a cell that the study has not, or options that do not go together.
     """
-    from scaling.records import progress, read_manifest
+    from scaling.records import progress
 
     check_wandb(options)
-    refuse_simulated(study)
-    known = {e["id"] for e in read_manifest(study)["cells"]}
+    known = {e["id"] for e in real_manifest(study)["cells"]}
     for cell in cells:
         if cell not in known:
             raise StudyError(f"--cell {cell!r} is not a cell of {study}; `scaling status {study}` lists them")
@@ -313,12 +312,14 @@ def check_wandb(options: dict) -> None:
         raise StudyError(f"--pack is {pack!r} with --wandb; wandb mirrors one cell at a time: use --pack off")
 
 
-def refuse_simulated(study: Path) -> None:
-    """Raises ``StudyError`` for a folder that `scaling simulate` wrote: its cells are not to be trained."""
+def real_manifest(study: Path) -> dict:
+    """The manifest; ``StudyError`` for a folder that `scaling simulate` wrote, which is not to be trained."""
     from scaling.records import read_manifest
 
-    if "simulated" in read_manifest(study):
+    manifest = read_manifest(study)
+    if "simulated" in manifest:
         raise StudyError(f"{study} was written by `scaling simulate`; plan into another folder to train it")
+    return manifest
 
 
 def say_nothing_to_do(study: Path, cells, as_json: bool) -> int:

@@ -18,7 +18,7 @@ from scaling.flops import ledger
 from scaling.layers import branches, heads_multiple, pattern
 
 MOST_PARAMS = 1e14  # a typing error above this
-MOST_REFUSED = 64
+MOST_REFUSED = 64  # widths in a row: more steps than blocks or fractions of use ask for
 
 
 @dataclasses.dataclass(frozen=True)
