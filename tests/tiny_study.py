@@ -2,6 +2,9 @@
 
 from scaling.config import validate_cell
 
+FACTS = {"fingerprint": "f" * 16, "vocab": 256, "unique_tokens": 10**9, "heldout_tokens": 10**6}
+"""Of a study's data, for plans of which nothing is trained."""
+
 
 def tiny_study(corpus, budgets=(4e8, 1.6e9), params=(3e3, 6e3, 12e3), batch_tokens=128, **changes) -> dict:
     """An isoFLOP study on a folder of text files.

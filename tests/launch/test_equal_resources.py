@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from scipy import stats
 from test_cli import refused
-from tiny_study import tiny_study
+from tiny_study import FACTS, tiny_study
 
 from launch.cli import cli
 from launch.equal_resources import difference, grids
@@ -20,7 +20,6 @@ from scaling.grid import plan
 from scaling.records import collect, read_manifest
 from scaling.train import Execution
 
-FACTS = {"fingerprint": "f" * 16, "vocab": 256, "unique_tokens": 10**9, "heldout_tokens": 10**6}
 MOE = {"family": "moe", "experts": 4, "active_experts": 1, "expert_fraction": 0.5}
 
 

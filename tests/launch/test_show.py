@@ -4,12 +4,11 @@ import io
 
 import pytest
 from rich.console import Console
+from tiny_study import FACTS
 
 from launch import show
 from scaling.grid import plan
 from scaling.study import validate_study
-
-FACTS = {"fingerprint": "f" * 16, "vocab": 256, "unique_tokens": 10**9, "heldout_tokens": 10**6}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from tiny_study import tiny_cell, tiny_study
+from tiny_study import FACTS, tiny_cell, tiny_study
 
 from launch.work import job_of, with_their_trunks
 from scaling.branches import Chain, fork_step, saving, spent_flops, trunk_of
@@ -16,8 +16,6 @@ from scaling.optim import hyper_parameters
 from scaling.schedules import learning_rate
 from scaling.study import validate_study
 from scaling.train import Execution, train, train_pack
-
-FACTS = {"fingerprint": "f" * 16, "vocab": 256, "unique_tokens": 10**9, "heldout_tokens": 10**6}
 
 
 @pytest.fixture

@@ -4,14 +4,13 @@ import copy
 import json
 
 import pytest
+from tiny_study import FACTS
 
 from scaling.config import ConfigError, cell_id
 from scaling.files import StudyError
 from scaling.flops import ledger
 from scaling.grid import plan, write_manifest
 from scaling.study import load_study, validate_study
-
-FACTS = {"fingerprint": "f" * 16, "vocab": 256, "unique_tokens": 10**9, "heldout_tokens": 10**6}
 
 
 def make(config, **changes):

@@ -2,14 +2,12 @@
 
 import numpy as np
 import pytest
-from tiny_study import tiny_study
+from tiny_study import FACTS, tiny_study
 
 from scaling.config import ConfigError
 from scaling.grid import plan
 from scaling.sentinels import brackets, judge, words
 from scaling.study import validate_study
-
-FACTS = {"fingerprint": "f" * 16, "vocab": 256, "unique_tokens": 10**9, "heldout_tokens": 10**6}
 
 
 def manifest(corpus, **grid):
