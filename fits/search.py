@@ -13,6 +13,7 @@ from fits.laws import Law
 
 Flops = Callable[[np.ndarray, np.ndarray], np.ndarray]
 WIDEST = 100.0  # of log N and log D
+ROUNDING = 1e-14  # of a cost and of what is divided by it, some 50 roundings
 REACH = 70.0  # log range searched: from the largest N, below 1e28, down to less than one parameter
 
 
@@ -22,14 +23,23 @@ def six_nd(N, D):
 
 
 def tokens_for(flops: Flops, N: np.ndarray, budget) -> np.ndarray:
-    """The D at which training N costs ``budget``; NaN where even one token costs more."""
-    low, high = bisect(
-        lambda log_d: ~(np.asarray(flops(N, np.exp(log_d))) > budget),
-        np.zeros(np.shape(N)),
-        np.full(np.shape(N), WIDEST),
-    )
-    D = np.exp(0.5 * (low + high))
-    return np.where(np.asarray(flops(N, np.ones(np.shape(N)))) <= budget, D, np.nan)
+    """The D at which training N costs ``budget``; NaN where even one token costs more.
+
+    Costs that are proportional to D are divided by, as they turn out to be; others are searched by halves.
+    """
+    of_one = np.asarray(flops(N, np.ones(np.shape(N))))
+    affordable = of_one <= budget
+    with np.errstate(all="ignore"):
+        D = budget / of_one
+        off = np.abs(np.asarray(flops(N, D)) - budget)
+    if np.any(affordable & ~(off <= ROUNDING * budget)):
+        low, high = bisect(
+            lambda log_d: ~(np.asarray(flops(N, np.exp(log_d))) > budget),
+            np.zeros(np.shape(N)),
+            np.full(np.shape(N), WIDEST),
+        )
+        D = np.exp(0.5 * (low + high))
+    return np.where(affordable, D, np.nan)
 
 
 def optimum(

@@ -7,6 +7,7 @@ gives the same cell on a laptop and on a pod.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -358,7 +359,10 @@ class FlopsOfSize:
         period = len(pattern(model))
         per_layer = recipe.width_per_layer * depth(model, period) / period
         depths = {w: max(period, round(w / per_layer)) for w in widths}
-        shapes = [ledger(make_shape(recipe, model, w, depth), seq) for w, depth in depths.items()]
+        shapes = []
+        for width, layers in depths.items():
+            with contextlib.suppress(ValueError):  # a width that a layer refuses, as in _sizes
+                shapes.append(ledger(make_shape(recipe, model, width, layers), seq))
         points = sorted({s.params_total: s.train_flops_per_token(convention) for s in shapes}.items())
         self.log_n, self.log_f = np.log(np.array(points, float)).T
 

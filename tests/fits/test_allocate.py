@@ -93,6 +93,21 @@ def test_tokens_for():
     assert np.isnan(tokens_for(lambda n, d: 6 * n * d, np.array([1e20]), 1e20))[0]
 
 
+def test_tokens_are_searched_where_a_cost_is_not_proportional_to_them():
+    N, calls = np.array([1e6, 1e9, 1e12]), []
+
+    def priced(n, d):  # with a start that costs as much as a billion tokens
+        calls.append(n)
+        return 6 * n * (d + 1e9)
+
+    D = tokens_for(priced, N, 1e20)
+    np.testing.assert_allclose(D[:2], 1e20 / 6 / N[:2] - 1e9, rtol=1e-12)
+    assert np.isnan(D[2]) and len(calls) > 50  # halvings
+    calls.clear()
+    tokens_for(lambda n, d: priced(n, d - 1e9), N, 1e20)
+    assert len(calls) == 2  # one token's cost, and whether it is in proportion
+
+
 @pytest.mark.parametrize("within", [0.05, 0.10, 0.5])
 def test_band_is_where_the_same_loss_costs_that_much_more(exact, within):
     got = fits.allocate(exact, 1e22, within=within)

@@ -104,6 +104,8 @@ def test_widths_that_a_layer_refuses_are_left_out():
         model = shape(recipe, monarch, params, 128)
         assert model["d_model"] % 12 == 0 and model["d_model"] >= 24
         assert ledger(model, 128).params_total == pytest.approx(params, rel=0.25)  # few shapes so small
+    cost, largest = FlopsOfSize(recipe, monarch, 128), ledger(model, 128)  # between shapes it interpolates
+    assert cost(largest.params_total, 1.0) == pytest.approx(largest.train_flops_per_token(), rel=0.05)
     with pytest.raises(ConfigError, match="smallest shape .d_model 24, 1 layer. has"):
         shape(recipe, monarch, 100, 128)
     with pytest.raises(ConfigError, match="monarch_blocks is 1000"):
