@@ -119,7 +119,7 @@ def ask(subject: Fit | Law | str, question: str, **given: float | Sequence[float
         raise FitError(
             f"of {law.name} only {known} is published, and {question} needs more; ask a fit of it"
         ) from error
-    flags = [] if fit is None else _flags(fit, values)
+    flags = _impossible(asked, estimates) + ([] if fit is None else _flags(fit, values))
     if fit is None or not len(fit.draws):
         none = {"sd": None, "80": None, "95": None}
         intervals = {k: {"estimate": _number(v), **none} for k, v in estimates.items()}
@@ -165,6 +165,18 @@ def _read(asked: Question, question: str, given: Mapping[str, Any]) -> dict[str,
                 raise FitError(f"{name} is {part!r}; it must be a positive number")
         out[name] = [float(p) for p in parts] if many else float(value)
     return out
+
+
+def _impossible(asked: Question, estimates: Mapping[str, float]) -> list[dict[str, str]]:
+    """Answers that nothing can have: the law does not hold where it was asked."""
+    return [
+        {
+            "code": "impossible",
+            "text": f"{k} is {estimates[k]:.4g}, beyond {low:g} to {high:g}: the law does not hold there",
+        }
+        for k, (low, high) in asked.ranges.items()
+        if not low <= estimates[k] <= high and math.isfinite(estimates[k])
+    ]
 
 
 def _flags(fit: Fit, values: Mapping[str, Any]) -> list[dict[str, str]]:

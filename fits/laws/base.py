@@ -30,6 +30,7 @@ class Question:
       takes: what may be given: name -> (default, what it is).
       gives: quantity -> what it is, with its unit, in the order of print.
       many: names of which a list may be given.
+      ranges: quantity -> the least and the greatest that it can be; an answer beyond them is flagged.
     """
 
     asks: str
@@ -38,6 +39,7 @@ class Question:
     gives: Mapping[str, str]
     takes: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
     many: tuple[str, ...] = ()
+    ranges: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
 
 class Law:

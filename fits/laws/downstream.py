@@ -34,6 +34,7 @@ QUESTIONS = {
         _error,
         needs={"eval_loss": "nats a token"},
         gives={"error": "on the benchmark"},
+        ranges={"error": (0.0, 1.0)},
     ),
     "loss": Question(
         "which loss must a model reach for an error?",

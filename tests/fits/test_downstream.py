@@ -49,3 +49,15 @@ def test_stronger_models_are_forecast_within_the_published_points(name):
     )
     assert fit.status == "converged", fit.reasons
     assert np.abs(fit.predict(eval_loss=x["V"][~weak]) - exact[~weak]).max() < 0.06
+
+
+def test_an_error_below_zero_is_said():
+    """Far below its rows the exponential goes below no error at all."""
+    table = planted_table("downstream_exponential", seed=1)
+    fit = fits.fit_table(
+        table, "downstream_exponential", loss="least_squares", bootstraps=0, sensitivity=False
+    )
+    inside, outside = (fits.ask(fit, "error", eval_loss=v) for v in (table["eval_loss"].min(), 0.1))
+    assert "impossible" not in [f["code"] for f in inside.flags]
+    assert outside["error"] < 0 and outside.flags[0]["code"] == "impossible"
+    assert "error is -" in str(outside).splitlines()[0]
