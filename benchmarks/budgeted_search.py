@@ -10,11 +10,12 @@ been asked for the width that the uniform grid has in that study, is read off it
 Replay: the runs of a published study, each as if it were still to be trained at its own FLOPs. The search
 begins with its 30 cheapest; the whole study is the uniform grid and the pool.
 
-Real: byte-level transformers trained on this machine, with the uniform grid's own width asked for.
+Real: transformers on random walks of a graph, trained on this machine, with the uniform grid's own width
+asked for; each repeat has seeds of its own.
 
     python benchmarks/budgeted_search.py planted [--studies 40] [--json FILE]
     python benchmarks/budgeted_search.py replay TABLE [--json FILE]
-    python benchmarks/budgeted_search.py real FOLDER [--json FILE]
+    python benchmarks/budgeted_search.py real FOLDER [--repeats 3] [--json FILE]
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 
 from experiments.quickstart import get_config  # noqa: E402
+from experiments.random_walk import get_config as walk_config  # noqa: E402
 from fits import fit_table, next_cells  # noqa: E402
 from fits.adaptive import is_narrow, reported_half_width  # noqa: E402
 from launch.search import law  # noqa: E402
@@ -231,10 +233,18 @@ def replayed(path: Path) -> dict:
 
 
 REAL = {
-    "sizes": [5e3, 6.5e3, 10e3, 13e3, 20e3, 30e3, 40e3],
-    "lengths": [65_536.0 * 2**k for k in range(5)],
+    "sizes": [19.4e3, 25.5e3, 31.6e3, 38.4e3, 45.4e3, 52.6e3, 60e3, 68.5e3, 77e3],
+    "lengths": [1.5e5 * 2**k for k in range(5)],
     "decay": 0.2,
 }
+
+
+def real_config(name: str, sizes, seeds: list[int]) -> dict:
+    """The random walk's study on trunks and branches."""
+    study = walk_config().to_dict()
+    grid = {"kind": "product", "trunks": True, "params": list(sizes), "tokens": REAL["lengths"]}
+    schedule = {"name": "wsd", "decay_fraction": REAL["decay"]}
+    return {**study, "name": name, "grid": grid, "schedule": schedule, "seeds": seeds}
 
 
 def scaling(*args: str) -> float:
@@ -244,32 +254,46 @@ def scaling(*args: str) -> float:
     return time.perf_counter() - began
 
 
-def real(folder: Path) -> dict:
-    """A uniform grid trained, then a search for its width with half its FLOPs."""
+def real(folder: Path, repeat: int) -> dict:
+    """A uniform grid trained, then a search for its width with half its FLOPs; seeds of this repeat alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    more = {"schedule": {"name": "wsd", "decay_fraction": REAL["decay"]}, "eval": {"sequences": 256}}
-    flat = base({"params": REAL["sizes"][::2], "tokens": REAL["lengths"]}, [0], name="uniform", **more)
-    (folder / "uniform.json").write_text(json.dumps(flat))
-    scaling("plan", str(folder / "uniform.json"), "--study", str(folder / "uniform"), "--no-estimate")
-    seconds = scaling("run", str(folder / "uniform"))
-    table = collect(folder / "uniform")
+    seeds = [2 * repeat, 2 * repeat + 1]
+    flat, pool = folder / "uniform.json", folder / "searched.json"
+    flat.write_text(json.dumps(real_config("uniform", REAL["sizes"][::2], seeds[:1])))
+    uniform = flat.with_suffix("")
+    scaling("plan", str(flat), "--study", str(uniform), "--no-estimate")
+    seconds = scaling("run", str(uniform))
+    table = collect(uniform)
     fit = fit_table(table, bootstraps=law.BOOTSTRAPS, sensitivity=False)
-    whole = law.Pool(json.loads((folder / "uniform/manifest.json").read_text())).whole
+    whole = law.Pool(json.loads((uniform / "manifest.json").read_text())).whole
     asked = {"kind": "law", "budget": whole / 2, "within": reported_half_width(fit)}
-    pool = base({"params": REAL["sizes"], "tokens": REAL["lengths"]}, [0, 1], name="searched", **more)
-    # the trunks' batch and rates are those of the uniform grid: its cells and the search's are of one recipe
-    (folder / "searched.json").write_text(json.dumps({**pool, "search": asked}))
-    searched = scaling("search", str(folder / "searched.json"), "--study", str(folder / "searched"))
-    record = json.loads((folder / "searched/search.json").read_text())
-    rows = collect(folder / "searched")
+    pool.write_text(json.dumps({**real_config("searched", REAL["sizes"], seeds), "search": asked}))
+    searched = scaling("search", str(pool), "--study", str(pool.with_suffix("")))
+    record = json.loads((pool.with_suffix("") / "search.json").read_text())
+    rows = collect(pool.with_suffix(""))
     again = fit_table(rows, bootstraps=law.BOOTSTRAPS, sensitivity=False)
     flat_side = {"flops": whole, "seconds": seconds, "cells": len(table[table.role == "branch"])}
     found = {"flops": record["spent"], "seconds": searched, "cells": int((rows.role == "branch").sum())}
     return {
         "uniform": {**estimate(fit), **flat_side, "params": fit.params, "status": fit.status},
-        "search": {**estimate(again), **found, "params": again.params, "status": record["status"]},
+        "search": {**estimate(again), **found, "params": again.params, "status": again.status,
+                   "ended": record["status"]},
         "rounds": record["rounds"],
-    }
+    }  # fmt: skip
+
+
+def real_table(studies: list[dict]) -> str:
+    """The table of the real studies."""
+    lines = ["| repeat | design | FLOPs | cells | a | half-width | E | status |", "|" + "---|" * 8]
+    for k, study in enumerate(studies):
+        for name in ("uniform", "search"):
+            got = study[name]
+            ended = f", {got['ended']}" if "ended" in got else ""
+            lines.append(
+                f"| {k} | {name} | {got['flops']:.3g} | {got['cells']} | {got['a']:.3f} | "
+                f"{got['width']:.3f} | {got['params']['E']:.4f} | {got['status']}{ended} |"
+            )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -277,6 +301,7 @@ def main() -> None:
     parser.add_argument("what", choices=["planted", "replay", "real"])
     parser.add_argument("path", type=Path, nargs="?", help="Of the table, or a new folder for two studies.")
     parser.add_argument("--studies", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.what != "planted" and args.path is None:
@@ -285,9 +310,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             out = planted(args.studies, Path(folder))
         print(summary(out))
-    else:
-        out = replayed(args.path) if args.what == "replay" else real(args.path)
+    elif args.what == "replay":
+        out = replayed(args.path)
         print(json.dumps(out, indent=1))
+    else:
+        out = [real(args.path / str(k), k) for k in range(args.repeats)]
+        print(real_table(out))
     if args.json:
         args.json.write_text(json.dumps(out, indent=1) + "\n")
 
