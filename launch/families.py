@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import fits
+from fits.search import optimum
 from launch import equal_resources
 from launch.family_costs import AXES, UNITS, cost_functions
 from scaling.config import ConfigError, check_keys
@@ -206,8 +207,11 @@ def at_optimum(fit, costs, budgets, axis: str) -> list[float]:
     """What the reference's compute-optimal runs at ``budgets`` FLOPs cost on an axis."""
     if axis == "flops":
         return budgets
-    answers = [fits.allocate(fit, b, flops=costs["flops"]) for b in budgets]
-    return [float(costs[axis](np.array(a.N), np.array(a.D))) for a in answers]
+    best = [optimum(fit.law, fit.params, b, costs["flops"]) for b in budgets]
+    at = [float(costs[axis](found["N"], found["D"])[0]) for found in best]
+    if not np.isfinite(at).all():
+        raise fits.FitError("the reference's law has no optimum at some of the budgets")
+    return at
 
 
 def account(tuned: Path, config: Mapping) -> dict:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 import fits
 from fits import plots
+from fits.search import optimum
 from launch.family_costs import UNITS, cost_functions
 from scaling.records import collect
 
@@ -250,10 +251,9 @@ def picture(result: Mapping, folder: Path, axis: str):
         own = {"points": list(zip(spent, table["loss"], strict=True)), "cost": None}
         if fit.status in ("converged", "boundary"):
             grid = np.geomspace(spent.min(), spent.max(), 25)
-            try:
-                own |= {"cost": grid, "loss": [fits.allocate(fit, c, flops=cost).loss for c in grid]}
-            except fits.FitError:
-                own["cost"] = None
+            loss = np.array([optimum(fit.law, fit.params, c, cost)["loss"][0] for c in grid])
+            if np.isfinite(loss).all():  # else it has no optimum at some budget
+                own |= {"cost": grid, "loss": loss}
         frontiers[name] = own
     found = {m["family"]: m["budgets"] for m in result["multipliers"] if m["axis"] == axis and "budgets" in m}
     return plots.plot_families(frontiers, found, UNITS[axis].format(chip=result["chip"]))
