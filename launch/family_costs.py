@@ -16,7 +16,7 @@ from scaling.records import collect, read_manifest
 
 AXES = {
     "flops": "training FLOPs, by the exact ledger",
-    "seconds": "device-seconds, as measured in this study's own runs",
+    "seconds": "device-seconds of training steps, as measured in this study's own runs",
     "roofline": "seconds of a chip by the larger of compute and memory traffic, an estimate",
 }
 """Name of a cost, and what it is."""

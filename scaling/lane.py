@@ -91,6 +91,8 @@ class Lane:
       done: updates so far. first_step: those behind it when this attempt began. active: whether it has
         steps left to do.
       wall_seconds, device_seconds: of all attempts that led here; cells of a pack share the device's time.
+      stepping_seconds: of these the device's in this attempt's ``timed_steps``: without compiling,
+        evaluations and saves.
     """
 
     def __init__(self, job: Job, dataset, on_metrics: Callable[[dict], None] | None):
@@ -115,7 +117,8 @@ class Lane:
         self.done, self.first_step, self.active = 0, 0, True
         self.evals: list[dict] = []
         self.file = None
-        self.wall_seconds = self.device_seconds = 0.0
+        self.wall_seconds = self.device_seconds = self.stepping_seconds = 0.0
+        self.timed_steps = 0
         self.last_save = time.perf_counter()
 
     def start(self, first_state, mesh=None):
@@ -339,9 +342,13 @@ class Lane:
         return result
 
     def timing(self, steps: int) -> dict:
-        """Time of all attempts that led to this result, and memory where the device tells."""
+        """Time of all attempts that led to this result, speed of its steps, and memory where it is told."""
         memory = jax.devices()[0].memory_stats() or {}
-        speed = steps * self.batch * self.seq / self.device_seconds if self.device_seconds else None
+        if self.timed_steps:
+            steps, seconds = self.timed_steps, self.stepping_seconds
+        else:  # one step, or none
+            seconds = self.device_seconds
+        speed = steps * self.batch * self.seq / seconds if seconds else None
         return {
             "wall_seconds": self.wall_seconds,
             "device_seconds": self.device_seconds,

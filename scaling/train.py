@@ -263,24 +263,28 @@ class Pack:
                 self.tell()
                 hp = self.program.gather([lane.hp for lane in self.lanes])
                 batches = [self.batches_of(lane) for lane in self.lanes]
-                pending = None
+                pending, since, steps = None, None, 0
                 while any(lane.active for lane in self.lanes):
                     pairs = zip(self.lanes, batches, strict=True)
                     rows = [next(own) if lane.active else None for lane, own in pairs]
                     state, metrics = self.program.step(state, rows, hp)
                     for lane in self.lanes:
                         lane.done += lane.active
+                    steps += 1
                     stop = self.tell()
                     done = [lane.done if lane.active else None for lane in self.lanes]
                     if pending is not None:  # one step late, so that the device never waits for Python
                         self.read(*pending)
                     pending = (done, metrics)
-                    if stop or any(lane.active and self.needs_a_stop(lane) for lane in self.lanes):
+                    due = any(lane.active and self.needs_a_stop(lane) for lane in self.lanes)
+                    if stop or due or since is None:  # the first step compiles: times begin after it
                         self.read(*pending)
                         pending = None
+                        self.time_steps(since, steps)
                         for j, lane in enumerate(self.lanes):
                             if lane.active and self.needs_a_stop(lane):
                                 self.stop_at(lane, self.program.lane(state, j))
+                        since, steps = time.perf_counter(), 0
                     if stop and any(lane.active for lane in self.lanes):
                         self.stop_early(state)
                     watchdog.step_ended()
@@ -359,6 +363,13 @@ class Pack:
     def end(self, lane: Lane, status: str, steps: int, reason: str | None) -> None:
         self.share_time()
         self.result = lane.end(status, steps, reason, self.devices)
+
+    def time_steps(self, since: float | None, steps: int) -> None:
+        """Adds steps taken between two stops and their device time, in equal parts to every active cell."""
+        active = [lane for lane in self.lanes if lane.active]
+        for lane in active if since is not None else ():
+            lane.stepping_seconds += self.devices * (time.perf_counter() - since) / len(active)
+            lane.timed_steps += steps
 
     def share_time(self) -> None:
         """Adds the time since the last call: wall time to every active cell, the device's in equal parts."""

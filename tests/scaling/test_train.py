@@ -9,6 +9,7 @@ import pytest
 from kills import Killed, files, kill_after
 from tiny_study import tiny_cell
 
+from scaling import train as train_module
 from scaling.config import ConfigError, cell_id, validate_cell
 from scaling.files import CellFolder, StudyError, read_jsonl
 from scaling.program import Plan, Static, compiled
@@ -204,3 +205,52 @@ def test_only_matrices_decay(cell):
     flags = {jax.tree_util.keystr(p): decays(p, x) for p, x in jax.tree_util.tree_leaves_with_path(params)}
     assert {k for k, v in flags.items() if not v} == {k for k in flags if "norm" in k}
     assert any(flags.values()) and not all(flags.values())
+
+
+class Clock:
+    """Time that only work moves: 100 s for a program's first step, 2 s for the others, 30 s to evaluate."""
+
+    def __init__(self, program):
+        self.program, self.now, self.steps = program, 0.0, 0
+
+    def perf_counter(self):
+        return self.now
+
+    def __getattr__(self, name):
+        return getattr(self.program, name)
+
+    def step(self, *args):
+        self.steps += 1
+        self.now += 100.0 if self.steps == 1 else 2.0
+        return self.program.step(*args)
+
+    def evaluate(self, *args):
+        self.now += 30.0
+        return self.program.evaluate(*args)
+
+
+def test_speed_is_of_the_steps_alone(cell, tmp_path, monkeypatch):
+    made, program_for = [], train_module.program_for
+
+    def clocked(*args):
+        made.append(Clock(program_for(*args)))
+        monkeypatch.setattr(train_module, "time", made[-1])
+        return made[-1]
+
+    monkeypatch.setattr(train_module, "program_for", clocked)
+    folder = CellFolder(tmp_path, "c")
+    train(cell, folder, Execution(checkpoint_steps=7))
+    timing = json.loads(folder.timing.read_text())
+    assert timing["tokens_per_second"] == pytest.approx(4 * 32 / 2.0)
+    # all of it: the first step compiled, 39 more, and every batch of two evaluations
+    evaluations = (timing["device_seconds"] - 100 - 39 * 2) / 30
+    assert evaluations == round(evaluations) > 1
+
+
+def test_of_a_single_step_speed_is_all_there_is(cell, tmp_path):
+    schedule = {**cell["schedule"], "warmup_steps": 0}
+    one = validate_cell({**cell, "train": {**cell["train"], "steps": 1}, "schedule": schedule})
+    folder = CellFolder(tmp_path, "one")
+    train(one, folder)
+    timing = json.loads(folder.timing.read_text())
+    assert timing["tokens_per_second"] == pytest.approx(4 * 32 / timing["device_seconds"])
