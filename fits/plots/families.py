@@ -25,6 +25,11 @@ from fits.plots.style import (
 COLOURS = (INK, BLUE, ORANGE, GREEN, PURPLE, "#8c510a", "#56B4E9", "#E69F00", GREY)
 
 
+def budget_word(x: float) -> str:
+    """A cost on an axis: seconds plainly, FLOPs by their power of ten."""
+    return f"{x:.3g}" if 0.01 <= x < 10_000 else scientific(x)
+
+
 @styled
 def plot_families(
     frontiers: Mapping[str, Mapping[str, Any]],
@@ -51,7 +56,7 @@ def plot_families(
     left.set(
         xscale="log", yscale="log", xlabel=unit, ylabel="loss, nats per token", title="Runs and frontiers"
     )
-    label_log_axis(left.xaxis, scientific)
+    label_log_axis(left.xaxis, budget_word)
     label_log_axis(left.yaxis, lambda x: f"{x:.3g}")
     shift = np.linspace(-0.05, 0.05, max(2, len(multipliers)))
     for dx, (name, rows) in zip(shift, multipliers.items(), strict=False):
@@ -71,6 +76,6 @@ def plot_families(
     # one legend for both, where it covers nothing
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     if right.lines[1:]:
-        label_log_axis(right.xaxis, scientific)
+        label_log_axis(right.xaxis, budget_word)
         label_log_axis(right.yaxis, lambda x: f"{x:.3g}")
     return figure
