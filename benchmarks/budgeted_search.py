@@ -10,12 +10,12 @@ been asked for the width that the uniform grid has in that study, is read off it
 Replay: the runs of a published study, each as if it were still to be trained at its own FLOPs. The search
 begins with its 30 cheapest; the whole study is the uniform grid and the pool.
 
-Real: transformers on random walks of a graph, trained on this machine, with the uniform grid's own width
-asked for; each repeat has seeds of its own.
+Real: SGD on power-law random features, trained on this machine, with the uniform grid's own width asked for;
+each repeat has seeds of its own, data and features both, and a is known.
 
     python benchmarks/budgeted_search.py planted [--studies 40] [--json FILE]
     python benchmarks/budgeted_search.py replay TABLE [--json FILE]
-    python benchmarks/budgeted_search.py real FOLDER [--repeats 3] [--json FILE]
+    python benchmarks/budgeted_search.py real FOLDER [--repeats 8] [--json FILE]
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 
 from experiments.quickstart import get_config  # noqa: E402
-from experiments.random_walk import get_config as walk_config  # noqa: E402
 from fits import fit_table, next_cells  # noqa: E402
 from fits.adaptive import is_narrow, reported_half_width  # noqa: E402
 from launch.search import law  # noqa: E402
@@ -233,18 +232,17 @@ def replayed(path: Path) -> dict:
 
 
 REAL = {
-    "sizes": [19.4e3, 25.5e3, 31.6e3, 38.4e3, 45.4e3, 52.6e3, 60e3, 68.5e3, 77e3],
-    "lengths": [1.5e5 * 2**k for k in range(5)],
-    "decay": 0.2,
+    "sizes": [16, 24, 32, 48, 64, 96, 128, 192, 256],
+    "lengths": [2**k for k in range(8, 17)],
+    "trainer": {"name": "plrf", "alpha": 0.7, "beta": 0.3, "rate": 0.25, "dynamics": "sgd", "draws": 4},
 }
+"""Phase Ia of power-law random features, whose a is 1 / (2 alpha + 1) in the limit: 0.417."""
 
 
-def real_config(name: str, sizes, seeds: list[int]) -> dict:
-    """The random walk's study on trunks and branches."""
-    study = walk_config().to_dict()
-    grid = {"kind": "product", "trunks": True, "params": list(sizes), "tokens": REAL["lengths"]}
-    schedule = {"name": "wsd", "decay_fraction": REAL["decay"]}
-    return {**study, "name": name, "grid": grid, "schedule": schedule, "seeds": seeds}
+def real_config(name: str, sizes, lengths, seeds: list[int]) -> dict:
+    """SGD of the trainer on a grid of N and D."""
+    grid = {"kind": "product", "params": list(sizes), "tokens": list(lengths), "min_steps": 24}
+    return {"name": name, "grid": grid, "trainer": REAL["trainer"], "train": {"batch": 1}, "seeds": seeds}
 
 
 def scaling(*args: str) -> float:
@@ -257,9 +255,10 @@ def scaling(*args: str) -> float:
 def real(folder: Path, repeat: int) -> dict:
     """A uniform grid trained, then a search for its width with half its FLOPs; seeds of this repeat alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    seeds = [2 * repeat, 2 * repeat + 1]
+    seeds = [3 * repeat + k for k in range(3)]
     flat, pool = folder / "uniform.json", folder / "searched.json"
-    flat.write_text(json.dumps(real_config("uniform", REAL["sizes"][::2], seeds[:1])))
+    coarse = (REAL["sizes"][::2], REAL["lengths"][::2])
+    flat.write_text(json.dumps(real_config("uniform", *coarse, seeds[:1])))
     uniform = flat.with_suffix("")
     scaling("plan", str(flat), "--study", str(uniform), "--no-estimate")
     seconds = scaling("run", str(uniform))
@@ -267,13 +266,14 @@ def real(folder: Path, repeat: int) -> dict:
     fit = fit_table(table, bootstraps=law.BOOTSTRAPS, sensitivity=False)
     whole = law.Pool(json.loads((uniform / "manifest.json").read_text())).whole
     asked = {"kind": "law", "budget": whole / 2, "within": reported_half_width(fit)}
-    pool.write_text(json.dumps({**real_config("searched", REAL["sizes"], seeds), "search": asked}))
+    fine = real_config("searched", REAL["sizes"], REAL["lengths"], seeds)
+    pool.write_text(json.dumps({**fine, "search": asked}))
     searched = scaling("search", str(pool), "--study", str(pool.with_suffix("")))
     record = json.loads((pool.with_suffix("") / "search.json").read_text())
     rows = collect(pool.with_suffix(""))
     again = fit_table(rows, bootstraps=law.BOOTSTRAPS, sensitivity=False)
-    flat_side = {"flops": whole, "seconds": seconds, "cells": len(table[table.role == "branch"])}
-    found = {"flops": record["spent"], "seconds": searched, "cells": int((rows.role == "branch").sum())}
+    flat_side = {"flops": whole, "seconds": seconds, "cells": len(table)}
+    found = {"flops": record["spent"], "seconds": searched, "cells": len(rows)}
     return {
         "uniform": {**estimate(fit), **flat_side, "params": fit.params, "status": fit.status},
         "search": {**estimate(again), **found, "params": again.params, "status": again.status,
@@ -284,14 +284,14 @@ def real(folder: Path, repeat: int) -> dict:
 
 def real_table(studies: list[dict]) -> str:
     """The table of the real studies."""
-    lines = ["| repeat | design | FLOPs | cells | a | half-width | E | status |", "|" + "---|" * 8]
+    lines = ["| repeat | design | FLOPs | cells | a | half-width | status |", "|" + "---|" * 7]
     for k, study in enumerate(studies):
         for name in ("uniform", "search"):
             got = study[name]
             ended = f", {got['ended']}" if "ended" in got else ""
             lines.append(
                 f"| {k} | {name} | {got['flops']:.3g} | {got['cells']} | {got['a']:.3f} | "
-                f"{got['width']:.3f} | {got['params']['E']:.4f} | {got['status']}{ended} |"
+                f"{got['width']:.3f} | {got['status']}{ended} |"
             )
     return "\n".join(lines)
 
@@ -301,7 +301,7 @@ def main() -> None:
     parser.add_argument("what", choices=["planted", "replay", "real"])
     parser.add_argument("path", type=Path, nargs="?", help="Of the table, or a new folder for two studies.")
     parser.add_argument("--studies", type=int, default=40)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.what != "planted" and args.path is None:

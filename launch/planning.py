@@ -15,13 +15,16 @@ def manifest_of(settings: Mapping) -> dict:
     Raises:
       ConfigError, StudyError: data that is not there, or a grid of which nothing can be trained.
     """
-    if "trainer" in settings:
-        return plan(settings, {})
     return plan(settings, facts_of(settings))
 
 
 def facts_of(settings: Mapping) -> dict:
-    """What a plan needs to know of a study's data, which is opened; raises as ``manifest_of``."""
+    """What a plan needs to know of a study's data, which is opened; raises as ``manifest_of``.
+
+    A trainer's study has none: {}.
+    """
+    if "trainer" in settings:
+        return {}
     dataset = open_data(validate_section("data", settings["data"]))
     return data_facts(dataset, settings["data"].get("seq", 128))
 

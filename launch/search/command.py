@@ -36,7 +36,8 @@ def search(config, study, overrides, dry_run, workers, cores_per_worker, as_json
     settings = load_search(config, list(overrides))
     study = study or Path("studies") / settings["name"]
     data = facts_of(settings)
-    check_data(settings, data)
+    if data:
+        check_data(settings, data)
     algorithm, memo = algorithm_of(settings["search"]["kind"]), {}
     if dry_run:
         record = at_most(algorithm, settings, data)

@@ -115,9 +115,10 @@ def narrow(session: Session) -> None:
     if "plan" not in session.memo:
         session.memo["plan"] = plan(settings, session.data)
     pool = Pool(session.memo["plan"])
-    seq = pool.cells[0]["config"]["data"]["seq"]
-    model = with_vocab(settings["model"], session.data["vocab"])
-    cost = FlopsOfSize(session.recipe, model, seq) if s["quantity"] == "N*" else None
+    cost = None
+    if s["quantity"] == "N*" and session.recipe is not None:  # a trainer's C is 6 N D
+        seq = pool.cells[0]["config"]["data"]["seq"]
+        cost = FlopsOfSize(session.recipe, with_vocab(settings["model"], session.data["vocab"]), seq)
     asked = {"quantity": s["quantity"], "at": s["at"], "flops": cost}
     picks, done, widths, losses = start(pool), [], [], {}
     while True:

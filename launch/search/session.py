@@ -42,9 +42,11 @@ class Session:
     """
 
     def __init__(self, settings: Mapping, data: Mapping, loss_of: Callable, memo: dict | None = None):
-        self.settings, self.data, self.loss_of = absolute_path(settings), dict(data), loss_of
+        trainer = "trainer" in settings  # whose study has neither data nor a recipe
+        self.settings = dict(settings) if trainer else absolute_path(settings)
+        self.data, self.loss_of = dict(data), loss_of
         self.search = self.settings["search"]
-        self.recipe = recipe_from_config(self.settings["recipe"])
+        self.recipe = None if trainer else recipe_from_config(self.settings["recipe"])
         self.memo = {} if memo is None else memo
         self.entries: dict[str, dict] = {}
         self.spent, self.rounds, self.seen, self.answer = 0.0, [], [], None
@@ -122,7 +124,7 @@ class Session:
     def alone(self) -> float | None:
         """FLOPs of the same cells each trained from its beginning; None where a cell has none of its own."""
         cells = [e for e in self.entries.values() if e["role"] != "trunk"]
-        if any(e["config"]["train"]["parent"] for e in self.entries.values()):
+        if any(e["config"]["train"].get("parent") for e in self.entries.values()):
             return None
         return sum(e["achieved"]["flops"] for e in cells)
 

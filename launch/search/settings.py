@@ -67,6 +67,11 @@ def load_search(path, overrides=()) -> dict:
         raise ConfigError(f"{path} has no section search; it must be a mapping with {', '.join(KEYS)}")
     search = validate_search(with_overrides(dict(config.pop("search")), overrides))
     if search["kind"] != "law":
+        if "trainer" in config:
+            raise ConfigError(
+                f"search.kind is {search['kind']!r} for a study of a trainer, which has no recipe to vary; "
+                "it must be 'law'"
+            )
         grid = config.get("grid", {})
         if not isinstance(grid, Mapping) or set(grid) - {"max_epochs"}:
             raise ConfigError(

@@ -5,14 +5,18 @@ import math
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from tiny_study import FACTS, tiny_study
 
+from launch.cli import cli
 from launch.search import law
 from launch.search.command import at_most, show
 from launch.search.session import Session, replay
 from launch.search.settings import load_search
 from scaling.branches import spent_flops
+from scaling.config import ConfigError
 from scaling.files import write_json
+from scaling.records import collect, read_manifest
 
 PLANTED = {"E": 1.5, "A": 30.0, "B": 60.0, "alpha": 0.35, "beta": 0.3}
 
@@ -94,3 +98,37 @@ def test_prices_of_a_grid_are_what_its_entries_cost(corpus, tmp_path):
         assert got == pytest.approx(told, rel=1e-9)
         paid += got
     assert paid == pytest.approx(pool.whole)
+
+
+def of_a_trainer(folder, **search):
+    config = {
+        "name": "features",
+        "grid": {"kind": "product", "params": [8, 12, 16, 24, 32], "tokens": [64, 128, 256, 512, 1024]},
+        "trainer": {"name": "plrf", "alpha": 0.7, "beta": 0.3, "rate": 0.25, "dynamics": "sgd"},
+        "train": {"batch": 1},
+        "seeds": [0, 1],
+        "search": {"budget": 1e6, **search},
+    }
+    path = folder / "features.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def test_a_trainers_study_is_searched_within_its_budget(tmp_path):
+    path, study = of_a_trainer(tmp_path, kind="law"), tmp_path / "study"
+    args = ["search", str(path), "--study", str(study), "--workers", "1"]
+    done = CliRunner().invoke(cli, [*args, "--json"], standalone_mode=False, catch_exceptions=False)
+    record = json.loads(done.stdout)
+    assert done.return_value == 0 and record["status"] == "out of budget"
+    assert 0.5 * 1e6 < record["spent"] <= 1e6 and record["saved"] == 0
+    entries = read_manifest(study)["cells"]
+    assert record["spent"] == pytest.approx(sum(e["achieved"]["flops"] for e in entries))
+    table = collect(study)
+    assert (table["status"] == "finished").all() and len(table) == len(entries) < 50
+
+
+def test_a_trainer_has_no_recipe_to_vary(tmp_path):
+    path = of_a_trainer(tmp_path, kind="halving", tokens=1024, least_tokens=64, configs=4, params=16,
+                        space={"train": {"batch": [1, 2]}})  # fmt: skip
+    with pytest.raises(ConfigError, match=r"search\.kind is 'halving' for a study of a trainer.*'law'"):
+        load_search(path)
