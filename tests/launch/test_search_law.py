@@ -129,6 +129,6 @@ def test_a_trainers_study_is_searched_within_its_budget(tmp_path):
 
 def test_a_trainer_has_no_recipe_to_vary(tmp_path):
     path = of_a_trainer(tmp_path, kind="halving", tokens=1024, least_tokens=64, configs=4, params=16,
-                        space={"train": {"batch": [1, 2]}})  # fmt: skip
+                        space={"optim": {"lr": [0.1, 0.2]}})  # fmt: skip
     with pytest.raises(ConfigError, match=r"search\.kind is 'halving' for a study of a trainer.*'law'"):
         load_search(path)
