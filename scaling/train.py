@@ -276,11 +276,12 @@ class Pack:
                     if pending is not None:  # one step late, so that the device never waits for Python
                         self.read(*pending)
                     pending = (done, metrics)
-                    due = any(lane.active and self.needs_a_stop(lane) for lane in self.lanes)
-                    if stop or due or since is None:  # the first step compiles: times begin after it
+                    compiled = since is None  # in the first step: times begin after it
+                    if stop or compiled or any(ln.active and self.needs_a_stop(ln) for ln in self.lanes):
                         self.read(*pending)
                         pending = None
-                        self.time_steps(since, steps)
+                        if not compiled:
+                            self.time_steps(time.perf_counter() - since, steps)
                         for j, lane in enumerate(self.lanes):
                             if lane.active and self.needs_a_stop(lane):
                                 self.stop_at(lane, self.program.lane(state, j))
@@ -364,11 +365,11 @@ class Pack:
         self.share_time()
         self.result = lane.end(status, steps, reason, self.devices)
 
-    def time_steps(self, since: float | None, steps: int) -> None:
+    def time_steps(self, seconds: float, steps: int) -> None:
         """Adds steps taken between two stops and their device time, in equal parts to every active cell."""
         active = [lane for lane in self.lanes if lane.active]
-        for lane in active if since is not None else ():
-            lane.stepping_seconds += self.devices * (time.perf_counter() - since) / len(active)
+        for lane in active:
+            lane.stepping_seconds += self.devices * seconds / len(active)
             lane.timed_steps += steps
 
     def share_time(self) -> None:

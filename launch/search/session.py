@@ -42,11 +42,10 @@ class Session:
     """
 
     def __init__(self, settings: Mapping, data: Mapping, loss_of: Callable, memo: dict | None = None):
-        trainer = "trainer" in settings  # whose study has neither data nor a recipe
-        self.settings = dict(settings) if trainer else absolute_path(settings)
-        self.data, self.loss_of = dict(data), loss_of
+        self.settings, self.data, self.loss_of = absolute_path(settings), dict(data), loss_of
         self.search = self.settings["search"]
-        self.recipe = None if trainer else recipe_from_config(self.settings["recipe"])
+        # a trainer's study has no recipe
+        self.recipe = None if "trainer" in settings else recipe_from_config(self.settings["recipe"])
         self.memo = {} if memo is None else memo
         self.entries: dict[str, dict] = {}
         self.spent, self.rounds, self.seen, self.answer = 0.0, [], [], None
