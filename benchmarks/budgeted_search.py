@@ -15,7 +15,7 @@ each repeat has seeds of its own, data and features both, and a is known.
 
     python benchmarks/budgeted_search.py planted [--studies 40] [--json FILE]
     python benchmarks/budgeted_search.py replay TABLE [--json FILE]
-    python benchmarks/budgeted_search.py real FOLDER [--repeats 8] [--json FILE]
+    python benchmarks/budgeted_search.py real FOLDER [--repeats 5] [--json FILE]
 """
 
 from __future__ import annotations
@@ -256,24 +256,24 @@ def real(folder: Path, repeat: int) -> dict:
     """A uniform grid trained, then a search for its width with half its FLOPs; seeds of this repeat alone."""
     folder.mkdir(parents=True, exist_ok=True)
     seeds = [3 * repeat + k for k in range(3)]
-    flat, pool = folder / "uniform.json", folder / "searched.json"
-    coarse = (REAL["sizes"][::2], REAL["lengths"][::2])
-    flat.write_text(json.dumps(real_config("uniform", *coarse, seeds[:1])))
-    uniform = flat.with_suffix("")
-    scaling("plan", str(flat), "--study", str(uniform), "--no-estimate")
+    uniform, searched = folder / "uniform", folder / "searched"
+    configs = {study: study.with_suffix(".json") for study in (uniform, searched)}
+    coarse = real_config("uniform", REAL["sizes"][::2], REAL["lengths"][::2], seeds[:1])
+    configs[uniform].write_text(json.dumps(coarse))
+    scaling("plan", str(configs[uniform]), "--study", str(uniform), "--no-estimate")
     seconds = scaling("run", str(uniform))
     table = collect(uniform)
     fit = fit_table(table, bootstraps=law.BOOTSTRAPS, sensitivity=False)
     whole = law.Pool(json.loads((uniform / "manifest.json").read_text())).whole
     asked = {"kind": "law", "budget": whole / 2, "within": reported_half_width(fit)}
     fine = real_config("searched", REAL["sizes"], REAL["lengths"], seeds)
-    pool.write_text(json.dumps({**fine, "search": asked}))
-    searched = scaling("search", str(pool), "--study", str(pool.with_suffix("")))
-    record = json.loads((pool.with_suffix("") / "search.json").read_text())
-    rows = collect(pool.with_suffix(""))
+    configs[searched].write_text(json.dumps({**fine, "search": asked}))
+    took = scaling("search", str(configs[searched]), "--study", str(searched))
+    record = json.loads((searched / "search.json").read_text())
+    rows = collect(searched)
     again = fit_table(rows, bootstraps=law.BOOTSTRAPS, sensitivity=False)
     flat_side = {"flops": whole, "seconds": seconds, "cells": len(table)}
-    found = {"flops": record["spent"], "seconds": searched, "cells": len(rows)}
+    found = {"flops": record["spent"], "seconds": took, "cells": len(rows)}
     return {
         "uniform": {**estimate(fit), **flat_side, "params": fit.params, "status": fit.status},
         "search": {**estimate(again), **found, "params": again.params, "status": again.status,
@@ -301,7 +301,7 @@ def main() -> None:
     parser.add_argument("what", choices=["planted", "replay", "real"])
     parser.add_argument("path", type=Path, nargs="?", help="Of the table, or a new folder for two studies.")
     parser.add_argument("--studies", type=int, default=40)
-    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.what != "planted" and args.path is None:

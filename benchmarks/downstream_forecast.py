@@ -5,7 +5,7 @@ Chinchilla's law of loss and, for every benchmark, a law of error in loss; both 
 and D, as ``scaling fit`` and ``scaling ask`` do. The same law read at the model's own loss shows how much of
 an error the second step makes, and the error of the best model looked at is what a forecast has to beat.
 
-    python benchmarks/downstream_forecast.py TABLE EVALS [--write]
+    python benchmarks/downstream_forecast.py TABLE EVALS
 
 TABLE has a row a model: dataset, name, params, tokens, chinchilla_multiplier and ``loss_eval1`` (C4); EVALS
 is the folder exp_data/evals of github.com/mlfoundations/scaling (Gadre et al. 2024, arXiv:2403.08540).
@@ -148,16 +148,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("table", type=Path)
     parser.add_argument("evals", type=Path)
-    parser.add_argument("--write", action="store_true", help="keep the tables in benchmarks/results/")
     args = parser.parse_args()
     runs = read(args.table, args.evals)
     found = {law: points(forecasts(runs, law)) for law in LAWS}
     text = ["# Benchmarks forecast a decade of compute ahead", "", *summary(found), ""]
     text += [f"`{LAWS[0]}`, the average of 17:", "", *averages(found[LAWS[0]])]
     print("\n".join(text))
-    if args.write:
-        file = ROOT / "benchmarks" / "results" / "downstream_forecast.md"
-        file.write_text("\n".join(text) + "\n")
 
 
 if __name__ == "__main__":
