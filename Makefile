@@ -6,7 +6,15 @@ STUDY ?= studies/quickstart
 # one process a core; the tests of a file stay together and share what they compile
 PARALLEL ?= -n auto --dist loadfile
 
-.PHONY: quickstart families test test-fast test-oldest aot aot-gpu oracles manifests lint format clean venv
+# what a version of JAX, flax, optax or orbax changes first: programs, optimizers, checkpoints, the kernels' plain forms
+in = $(patsubst %,tests/$(1)/test_%.py,$(2))
+CORE := tests/test_imports.py tests/scaling/data \
+  $(call in,scaling,train branches pack guard optim flops export tracking) \
+  $(call in,scaling/models,model_lm model_loss model_families moe) \
+  $(call in,pallas_kernels,kernel_attention linear_scan selective_scan mlstm sharding dispatch package) \
+  $(call in,fits,compiled) $(call in,launch,cli preflight)
+
+.PHONY: quickstart families test test-long test-fast test-oldest test-oldest-core aot aot-gpu oracles manifests lint format clean venv
 
 venv:
 	@python3 tools/venv.py $(VENV) $(if $(PYTHON_VERSION),--python $(PYTHON_VERSION))
@@ -22,16 +30,23 @@ families: venv  ## compare seven families of small models on this machine
 	@$(BIN)/scaling families experiments/families.py
 
 # The interpreter of GPU kernels holds a thread of XLA for each warpgroup that waits: two cores give too few.
-test: venv lint  ## lint and every test
-	@$(BIN)/python -m pytest $(PARALLEL)
+test: venv lint  ## lint and the tests, of many slow cases alike a few
+	@$(BIN)/python -m pytest -m "not long" $(PARALLEL)
 	@NPROC=16 $(BIN)/python -m pytest tests/pallas_kernels/test_gpu_attention.py tests/pallas_kernels/test_ssd_gpu.py
+
+test-long: venv  ## the slow cases that `make test` leaves out: training and coordinate checks of every family
+	@$(BIN)/python -m pytest -m long -n auto
 
 test-fast: venv  ## the tests that take seconds
 	@$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-oldest:  ## the fast tests on the oldest supported pair, Python 3.11 with jax 0.10.2 (no interpreted kernels)
 	@python3 tools/venv.py .venv-oldest --python 3.11
-	@.venv-oldest/bin/python -m pytest -m "not slow" $(PARALLEL) --ignore-glob "*/pallas_kernels/*_[tg]pu.py"
+	@.venv-oldest/bin/python -m pytest -m "not slow" $(PARALLEL) --ignore-glob "*/pallas_kernels/*_[tg]pu.py" $(TESTS)
+
+test-oldest-core:  ## of those the ones that meet JAX most, and a study from plan to fit
+	@$(MAKE) test-oldest TESTS="$(CORE)"
+	@.venv-oldest/bin/python -m pytest tests/launch/test_cli.py -k whole_path
 
 aot:  ## compile every kernel with the real TPU compiler, for chips that are not here
 	@python3 tools/venv.py .venv-aot --extras dev,tpu

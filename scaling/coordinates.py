@@ -40,7 +40,7 @@ def activations(apply, params, inputs_BT) -> dict:
 
     embedding = model.embed(inputs_BT)
     _, (mixed, fed, stream) = model.fold_layers(embedding, layer)
-    logits = model(inputs_BT)
+    logits = model.logits(*model.before_head(stream[-1]))
     return dict(zip(KINDS, (embedding, mixed, fed, stream, logits), strict=True))
 
 

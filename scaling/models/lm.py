@@ -205,7 +205,10 @@ class LM(nnx.Module):
 
     def __call__(self, inputs_BT, segment_ids_BT=None, positions_BT=None):
         """int [B, T] to logits, float32 [B, T, V]."""
-        x_BTD, head_DV, _ = self.features(inputs_BT, segment_ids_BT, positions_BT)
+        return self.logits(*self.features(inputs_BT, segment_ids_BT, positions_BT)[:2])
+
+    def logits(self, x_BTD, head_DV):
+        """What ``before_head`` gives to logits, float32 [B, T, V]."""
         logits_BTV = jnp.matmul(x_BTD, head_DV.astype(self.dtype), preferred_element_type=jnp.float32)
         if self.soft_cap is not None:
             logits_BTV = self.soft_cap * jnp.tanh(logits_BTV / self.soft_cap)
@@ -220,8 +223,12 @@ class LM(nnx.Module):
         rope = self.rope(positions_BT, (B, T))
         x_BTD = self.places.rows(self.embed(inputs_BT))
         x_BTD, extra_B = self.run_blocks(x_BTD, rope, segment_ids_BT, training)
+        return *self.before_head(x_BTD), extra_B
+
+    def before_head(self, x_BTD):
+        """The stream after the last layer to what the head takes, [B, T, D], and its matrix, [D, V]."""
         head_DV = self.embed.table[...].T if self.tied else self.head[...]
-        return times(self.multiplier, self.final_norm(x_BTD)), head_DV, extra_B
+        return times(self.multiplier, self.final_norm(x_BTD)), head_DV
 
     def rope(self, positions_BT, shape):
         """The rotary table, positions counted along the row where None; None where nothing turns."""

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from all_but import long_but
 from kills import Killed, files, kill_after
 from tiny_study import tiny_cell
 
@@ -68,7 +69,7 @@ def cell(family, **train_changes):
     }
 
 
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", long_but(("transformer", "griffin", "xlstm", "moe"), OWN))
 def test_a_family_learns_more_than_pairs_of_bytes(family, bigram_loss, tmp_path):
     result = train(cell(family), CellFolder(tmp_path, "c"))
     assert result["status"] == "finished" and 2.3 < bigram_loss < 2.7
@@ -76,6 +77,7 @@ def test_a_family_learns_more_than_pairs_of_bytes(family, bigram_loss, tmp_path)
     assert result["loss"] < bigram_loss - 0.05, (result["loss"], bigram_loss)
 
 
+@pytest.mark.long
 def test_masked_diffusion_learns_more_than_pairs_of_bytes(bigram_loss, tmp_path):
     """Its bound does, after eight times the bytes: most tokens are hidden, few have near neighbours."""
     own = cell("transformer", steps=800)
@@ -85,6 +87,7 @@ def test_masked_diffusion_learns_more_than_pairs_of_bytes(bigram_loss, tmp_path)
     assert result["loss"] < bigram_loss - 2 * result["loss_stderr"], (result["loss"], bigram_loss)
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("family", [*OWN, "masked diffusion"])
 def test_a_killed_run_ends_as_a_whole_one(family, corpus, tmp_path):
     model = {"kv_heads": 2, "family": family, **OWN.get(family, DIFFUSION)}
