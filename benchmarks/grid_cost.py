@@ -3,10 +3,11 @@
 One side is what a ladder of scripts does: every (N, D) is a run of its own, a cosine that decays
 fully at its own D, one after another, each in a process that starts, compiles and trains with all CPU
 cores. The other is ``scaling run`` on the same grid with ``grid.trunks``, as it comes: one worker a core,
-packed where the planner packs. Both sides train the same (N, D) on the same data by the same recipe,
-from compilation caches that are empty, in one call of this script. Before that, and not timed, each side gets
-learning rates of its own from the same bracket of the recipe's, on another seed: the trunks one for all, the
-best at the middle (N, D); the cosines the best of it at every (N, D), with the weight decay of the recipe.
+packed where the planner packs. Both sides train the same (N, D) on the same data in the same batches, with
+the same warm-up and weight decay of each N, from compilation caches that are empty, in one call of this
+script: they differ in the schedule and its rate alone. Before that, and not timed, each side gets learning
+rates of its own from the same bracket of the recipe's, on another seed: the trunks one for all, the best at
+the middle (N, D); the cosines the best of it at every (N, D).
 
     python benchmarks/grid_cost.py [--scale 1.0] [--rates FILE] [--write]
 
@@ -42,17 +43,17 @@ SHORTEST = 131_072
 LENGTHS, COOLDOWN = 5, 0.2
 MULTIPLES = [1, 1.4, 2, 2.8, 4, 5.6]
 """Of the recipe's learning rate, tried by both sides."""
-BASE = 2.8
-"""Of the recipe's learning rate too: the cosines' weight decay is that of the recipe at this one."""
+RECIPE = {"batch_tokens": 512, "batch_tokens_exponent": 0.0, "lr": 3.2e-3, "beta2": 0.995}
+"""The quickstart's at half its reference batch (so by Adam's rule the rate over sqrt 2), one for every D."""
 NORMAL_95 = 1.96
 SIDES = {"trunks": {"name": "wsd", "decay_fraction": COOLDOWN}, "cosine": {"name": "cosine"}}
 LIMIT = (2 - 2 ** (1 - LENGTHS)) / ((1 - COOLDOWN) + COOLDOWN * (2 - 2 ** (1 - LENGTHS)))
 
 
-def config(side: str, grid: dict, seed: int, lr: float = BASE) -> dict:
-    """The quickstart's study on another grid, with one side's schedule and ``lr`` times its rate."""
+def config(side: str, grid: dict, seed: int, lr: float = 1.0) -> dict:
+    """The quickstart's study on another grid, with one side's schedule and ``lr`` times the recipe's rate."""
     study = get_config().to_dict()
-    recipe = {**study["recipe"], "lr": study["recipe"]["lr"] * lr}
+    recipe = {**study["recipe"], **RECIPE, "lr": RECIPE["lr"] * lr}
     own = {"name": side, "grid": {"tolerance": 0.03, **grid}, "schedule": SIDES[side], "seeds": [seed]}
     return {**study, **own, "recipe": recipe}
 
@@ -88,7 +89,7 @@ def trunk_bracket(folder: Path, middle: dict) -> dict[float, float]:
 
 def cosine_brackets(folder: Path, cells: list[dict]) -> dict[tuple, list[dict]]:
     """(N, D) to ``multiple`` of the recipe's rate, ``lr`` and final ``loss`` of its cells, the best first."""
-    sweep = {"lr": [m / BASE for m in MULTIPLES if m != BASE], "cells": "all"}
+    sweep = {"lr": [m for m in MULTIPLES if m != 1], "cells": "all"}
     grid, cache = {"kind": "list", "cells": cells, "sentinels": sweep}, folder / "cache-bracket"
     study = planned(folder, "brackets", config("cosine", grid, 1), cache)
     scaling("run", str(study), cache=cache)
@@ -96,7 +97,7 @@ def cosine_brackets(folder: Path, cells: list[dict]) -> dict[tuple, list[dict]]:
     found: dict[tuple, list[dict]] = {}
     for e in entries_of(study):
         if table.loc[e["id"], "status"] == "finished":
-            multiple = round(BASE * e.get("sentinel", {}).get("multiple", 1), 6)
+            multiple = e.get("sentinel", {}).get("multiple", 1)
             got = {"multiple": multiple, "lr": e["config"]["optim"]["lr"], "loss": table.loc[e["id"], "loss"]}
             found.setdefault(target(e), []).append(got)
     return {key: sorted(got, key=lambda g: g["loss"]) for key, got in found.items()}
@@ -125,9 +126,10 @@ def one_by_one(study: Path, cache: Path) -> None:
 
 def tune(folder: Path, scale: float) -> dict:
     """Both sides' brackets: of the trunks at the middle (N, D), of the cosines the best at every one."""
-    every = [{"params": n, "tokens": d} for n in SIZES for d in lengths(scale)]
     middle = {"params": SIZES[len(SIZES) // 2], "tokens": lengths(scale)[LENGTHS // 2]}
     common = [{"multiple": m, "loss": loss} for m, loss in trunk_bracket(folder, middle).items()]
+    shared = shared_settings(planned_trunks(folder, "trunks-tuned", scale, 0, best(common)))
+    every = [{"params": n, "tokens": d, "set": shared[n]} for n in SIZES for d in lengths(scale)]
     own = cosine_brackets(folder, every).items()
     return {
         "trunks": common,
@@ -135,16 +137,37 @@ def tune(folder: Path, scale: float) -> dict:
     }
 
 
+def best(bracket: list[dict]) -> float:
+    return min(bracket, key=lambda r: r["loss"])["multiple"]
+
+
+def planned_trunks(folder: Path, name: str, scale: float, seed: int, multiple: float) -> Path:
+    grid = {"kind": "product", "params": SIZES, "tokens": lengths(scale), "trunks": True}
+    return planned(folder, name, config("trunks", grid, seed, multiple), folder / "cache-trunks")
+
+
+def shared_settings(trunks: Path) -> dict[float, dict]:
+    """Planned N to what its cosines take over from its trunk."""
+    return {
+        target(e)[0]: {
+            "optim.weight_decay": e["config"]["optim"]["weight_decay"],
+            "schedule.warmup_steps": e["config"]["schedule"]["warmup_steps"],
+        }
+        for e in entries_of(trunks)
+    }
+
+
 def measure(folder: Path, scale: float, rates: dict) -> dict:
     """Both sides with the rates of ``tune``."""
-    grid = {"kind": "product", "params": SIZES, "tokens": lengths(scale), "trunks": True}
-    best = min(rates["trunks"], key=lambda r: r["loss"])["multiple"]
+    multiple = best(rates["trunks"])
+    trunks = planned_trunks(folder, "trunks", scale, 0, multiple)
+    second = planned_trunks(folder, "second", scale, 1, multiple)
+    shared = shared_settings(trunks)
     tuned = [
-        {"params": r["params"], "tokens": r["tokens"], "set": {"optim.lr": r["lr"]}} for r in rates["cosine"]
+        {"params": r["params"], "tokens": r["tokens"], "set": {"optim.lr": r["lr"], **shared[r["params"]]}}
+        for r in rates["cosine"]
     ]
     cache = {side: folder / f"cache-{side}" for side in SIDES}
-    trunks = planned(folder, "trunks", config("trunks", grid, 0, best), cache["trunks"])
-    second = planned(folder, "second", config("trunks", grid, 1, best), cache["trunks"])
     cosine = planned(folder, "cosine", config("cosine", {"kind": "list", "cells": tuned}, 0), cache["cosine"])
     ours = cost(lambda: scaling("run", str(trunks), cache=cache["trunks"]))
     theirs = cost(lambda: one_by_one(cosine, cache["cosine"]))
@@ -200,6 +223,8 @@ def summary(trunks: Path, cosine: Path, second: Path, ours: dict, theirs: dict) 
 
 def text(got: dict) -> str:
     ours, theirs, laws = got["ours"], got["theirs"], got["laws"]
+    apart = NORMAL_95 * np.sqrt(2) * got["seed_noise"]
+    worse = sum(np.log(row["trunks"] / row["cosine"]) > apart for row in got["losses"])
     lines = [
         "# Trunk and branch against one cosine run a cell",
         "",
@@ -217,8 +242,9 @@ def text(got: dict) -> str:
         "",
         f"Loss at the {got['cells']} shared (N, D), log(trunk / cosine): mean {got['gap_mean']:+.2%}, root "
         f"mean square {got['gap_rms']:.2%}. A seed's own standard deviation {got['seed_noise']:.2%}: two "
-        f"seeds of a cell are within {NORMAL_95 * np.sqrt(2) * got['seed_noise']:.2%} of each other 95 "
-        f"times of 100, trunk and cosine {got['within']} times of {got['cells']}.",
+        f"seeds of a cell are within {apart:.2%} of each other 95 "
+        f"times of 100, trunk and cosine {got['within']} times of {got['cells']}; the trunk is worse by more "
+        f"than that at {worse} of them, better at {got['cells'] - got['within'] - worse}.",
         "",
         "Learning rate of the trunks, times the recipe's, and the loss at the middle (N, D): "
         + ", ".join(f"{r['multiple']:g}: {r['loss']:.4f}" for r in got["rates"]["trunks"])
