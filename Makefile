@@ -3,8 +3,9 @@ VENV ?= .venv
 PYTHON_VERSION ?=
 BIN := $(VENV)/bin
 STUDY ?= studies/quickstart
-# one process a core; the tests of a file stay together and share what they compile
-PARALLEL ?= -n auto --dist loadfile
+# one process a core; the tests of a file stay together and share what they compile; the long files of few tests,
+# which would come last by their number, stay in their place
+PARALLEL ?= -n auto --dist loadfile --no-loadscope-reorder
 
 # what a version of JAX, flax, optax or orbax changes first: programs, optimizers, checkpoints, the kernels' plain forms
 in = $(patsubst %,tests/$(1)/test_%.py,$(2))

@@ -8,6 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 import pytest
+from few_optimisations import few_optimisations
 from tiny_study import tiny_study
 
 
@@ -31,14 +32,10 @@ def own_programs():
 
 
 @pytest.fixture
-def quick_compiles(monkeypatch, own_programs):
+def quick_compiles(own_programs):
     """Few optimisations: for tiny programs that run for milliseconds and are compared with a tolerance."""
-    import jax
-
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of processes that the test starts
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with few_optimisations():
+        yield
 
 
 @pytest.fixture(scope="session")

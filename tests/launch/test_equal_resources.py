@@ -133,7 +133,7 @@ def test_an_interval_is_students_and_says_where_nothing_is_told():
 
 
 @pytest.mark.slow
-def test_from_a_config_to_the_table_and_nothing_twice(corpus, tmp_path, quick_compiles):
+def test_from_a_config_to_the_table_and_nothing_twice(corpus, tmp_path):
     config = comparison(corpus)
     config["study"]["grid"] |= {"budgets": [1e8, 2e8], "params": [8e3]}
     (tmp_path / "matched.json").write_text(json.dumps(config))

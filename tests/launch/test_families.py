@@ -20,7 +20,7 @@ from scaling.records import read_manifest
 def comparison(corpus, **changes) -> dict:
     study = tiny_study(corpus, budgets=(1e8, 2.5e8), params=(3e3, 5e3, 8e3), batch_tokens=64)
     study["grid"] |= {"tolerance": 0.2}
-    families = {"transformer": {}, "recurrent": {"model": {"family": "xlstm"}}}
+    families = {"transformer": {}, "recurrent": {"model": {"family": "min_gru"}}}
     tune = {"params": 5e3, "tokens": 6e3, "lr": [0.5, 1.0, 2.0]}
     shared = {"name": "both", "study": study, "families": families, "reference": "transformer", "tune": tune}
     return {**shared, **changes}
@@ -76,7 +76,7 @@ def test_sections_of_a_family_lie_on_top(corpus, tmp_path):
     (tmp_path / "c.json").write_text(json.dumps(comparison(corpus)))
     config = load(tmp_path / "c.json")
     own = study_of(config, "recurrent", 2.0)
-    assert own["model"] == {"head_dim": 8, "family": "xlstm"} and own["recipe"]["lr"] == 0.02
+    assert own["model"] == {"head_dim": 8, "family": "min_gru"} and own["recipe"]["lr"] == 0.02
     assert own["name"] == "both-recurrent" and study_of(config, "transformer")["model"] == {"head_dim": 8}
 
 

@@ -23,6 +23,7 @@ from scaling.study import validate_study
 from scaling.train import train
 
 V, MASK = 6, 6
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 DATA = {"source": "markov", "vocab": V, "tokens": 40_000, "document": 100, "concentration": 0.3, "seq": 24}
 
 

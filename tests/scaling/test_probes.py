@@ -12,6 +12,7 @@ from scaling.files import CellFolder
 from scaling.records import COLUMNS, PROBES
 from scaling.train import train
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 COUNTS = np.array([0, 5, 9, 3, 0, 8, 7, 6, 5, 4, 3, 2, 9, 9, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2], float)
 B, T = 3, 40
 

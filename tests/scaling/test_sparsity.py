@@ -14,6 +14,7 @@ from scaling.sparsity import next_l1
 from scaling.step import TrainState
 from scaling.train import Execution, train
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 MODEL = {"family": "moe", "kv_heads": 2, "layers": 1, "experts": 4, "active_experts": 1, "router": "relu",
          "expert_fraction": 0.5, "capacity_factor": 2.0}  # fmt: skip
 

@@ -24,6 +24,7 @@ from scaling.tracking import (
 )
 from scaling.train import Execution, train
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 ROOT = str(Path(__file__).parents[2])
 pytest.importorskip("wandb", reason="the extra `wandb` is not installed")
 

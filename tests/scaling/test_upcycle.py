@@ -22,6 +22,7 @@ from scaling.study import validate_study
 from scaling.train import Execution, train
 from scaling.upcycle import check_same, filled
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 BASE = {"d_model": 16, "layers": 3, "heads": 2, "kv_heads": 2, "head_dim": 8, "ffn_dim": 24, "vocab": 31}
 EXPERTS = {"family": "moe", "experts": 4, "capacity_factor": 2.0}
 FACTS = {"vocab": 256, "unique_tokens": 300_000, "heldout_tokens": 10**4}
@@ -43,7 +44,7 @@ MIXED = {"family": "hybrid", "pattern": ["min_gru", "attention"]}
         (MIXED, {**EXPERTS, **MIXED, "pattern": ["min_gru", "attention+moe", "min_gru+moe", "attention"]}),
     ],
 )
-def test_the_logits_at_the_start_are_the_dense_models(dense, changes, quick_compiles):
+def test_the_logits_at_the_start_are_the_dense_models(dense, changes):
     before, after = section(**dense), section(**{**dense, **changes})
     check_same(before, after, "d")
     (old, params), (new, fresh) = build(before, seed=0), build(after, seed=5)
