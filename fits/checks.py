@@ -184,7 +184,7 @@ def fit_flags(
         out.append(flag("few_rows", f"{len(table)} rows for {free} {kind}: {left} degrees of freedom"))
     shared = _cluster_flags(table, cluster, dependence)
     # intervals that cannot be believed come before what merely makes them rough
-    out = [f for f in shared if f["code"] == "correlated_rows"] + out
+    out = _family_flags(table) + [f for f in shared if f["code"] == "correlated_rows"] + out
     if point.condition > CONDITION and point.status in ("converged", "boundary"):
         text = f"the rows hardly tell the parameters apart (condition number {point.condition:.1e})"
         out.append(
@@ -205,6 +205,20 @@ def fit_flags(
         if count:
             out.append(flag(word, f"{count} of {len(table)} {text}"))
     return out
+
+
+def _family_flags(table: Table) -> list[dict]:
+    """Says it where the runs are of several families (column ``family``), which one law need not join."""
+    names = sorted({name for name in table.extra.get("family", ()) if isinstance(name, str)})
+    if len(names) < 2:
+        return []
+    some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    text = f"the rows are of {len(names)} families ({some}) and one law is fitted to all of them: "
+    return [
+        flag(
+            "families", text + "leave out all but one (exclude), or ask for each one's exponents (by family)"
+        )
+    ]
 
 
 def _width_flags(delta: float | None, residual_R) -> list[dict]:

@@ -176,17 +176,9 @@ def frontier_table(rows: Sequence[Mapping]) -> dict[str, Any]:
 
 
 def frontier_warnings(rows: Sequence[Mapping]) -> list[str]:
-    """What to doubt of a fit to several problems, and of exponents that miss a known truth."""
-    out = []
-    if len(rows) > 1:
-        out.append(
-            f"The runs are of {len(rows)} problems, and the law was fitted to all of them together: read "
-            "each family's exponents instead."
-        )
+    """What to doubt of exponents that miss a known truth."""
     off = [row["group"] for row in rows if row["holds"] is False]
-    if off:
-        out.append(f"The exponents of {', '.join(off)} do not agree with what is known of them.")
-    return out
+    return [f"The exponents of {', '.join(off)} do not agree with what is known of them."] if off else []
 
 
 def run_table(table: pd.DataFrame) -> dict[str, Any]:

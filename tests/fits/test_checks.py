@@ -100,3 +100,12 @@ def test_what_moves_the_exponent_is_flagged():
     assert not any(f["text"].startswith("only") for f in checks.sensitivity_flags(fit)), (
         "windows move by chance"
     )
+
+
+def test_rows_of_several_families_are_said_first():
+    table = planted_table() | {"family": np.array(["transformer", "griffin"] * 21, object)}
+    first = fits.fit_table(table, **OPTIONS).flags[0]
+    assert first["code"] == "families" and "of 2 families (griffin, transformer)" in first["text"]
+    alone = fits.fit_table(table, exclude=["family == 'griffin'"], **OPTIONS)
+    none = fits.fit_table(table | {"family": np.full(42, None)}, **OPTIONS)
+    assert not any(f["code"] == "families" for f in alone.flags + none.flags)
