@@ -34,7 +34,10 @@ def run(study, cells, workers, cores_per_worker, as_json, **options):
 
     A killed run goes on from its checkpoints to the same numbers. Several `scaling run` on one
     study share the work, from several machines too where they see one folder: no cell is trained twice.
+    A config in place of STUDY is planned first, into studies/NAME, where that is not done yet.
     """
+    if study.is_file():
+        study = plan_there(study, None, [])
     return run_here(study, cells, workers, cores_per_worker, as_json, options)
 
 

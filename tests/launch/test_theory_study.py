@@ -57,11 +57,9 @@ def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("theory")
     config = folder / "config.py"
     config.write_text(STUDY.format(path=str(ROOT / "experiments/theory/plrf.py")))
-    planned = scaling("plan", str(config), "--study", str(folder / "s"), cwd=folder)
-    assert planned.returncode == 0, planned.stderr
-    run = scaling("run", str(folder / "s"), "--workers", "1", cwd=folder)
+    run = scaling("run", str(config), "--workers", "1", cwd=folder)
     assert run.returncode == 0, run.stderr + run.stdout
-    return folder / "s"
+    return folder / "studies" / "plrf"
 
 
 @pytest.mark.slow
