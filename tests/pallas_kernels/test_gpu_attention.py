@@ -201,7 +201,8 @@ def test_the_interpreter_catches_a_missing_wait(mutant, two_slots, broken, monke
             )
 
         monkeypatch.setattr(hopper.Ring, "refill", refill)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RACE DETECTED|observe"):
+    # a race, a phase that a warpgroup missed, or one so late that the barrier is two phases on
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RACE DETECTED|observe|already at phase"):
         jax.block_until_ready(forward(inputs(1, 256, 256, 1, 1, 64), options()))
 
 
