@@ -288,6 +288,7 @@ def test_activations_are_the_model_s_own():
     whole = nnx.merge(apply.graphdef, params)
     logits = whole.final_norm(found["stream"][-1]) * 0.5 @ params["embed"]["table"].T
     np.testing.assert_allclose(logits, found["logits"], atol=1e-5)
+    np.testing.assert_allclose(logits, whole(inputs), atol=1e-5)
     stream = found["embedding"] + found["attention"].sum(0) + found["feed-forward"].sum(0)
     np.testing.assert_allclose(stream, found["stream"][-1], atol=1e-5)
 

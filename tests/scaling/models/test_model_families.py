@@ -178,8 +178,9 @@ def test_causal_documents_apart_and_the_same_however_it_runs(name):
     # the same numbers in other places of other chunks: float32 sums in another order
     np.testing.assert_allclose(alone[:, : T - cut], logits[:, cut:], rtol=1e-4, atol=1e-4)
     # layers in a loop, and recomputed: other orders of the same sums
-    again = jax.jit(make_apply(cfg, remat="dots", unroll=True))(params, tokens, segments, positions)
-    np.testing.assert_allclose(again, logits, rtol=1e-4, atol=1e-4)
+    for options in ({"remat": "full"}, {"remat": "dots", "unroll": True}):
+        again = jax.jit(make_apply(cfg, **options))(params, tokens, segments, positions)
+        np.testing.assert_allclose(again, logits, rtol=1e-4, atol=1e-4)
 
 
 def test_layers_of_a_pattern_that_does_not_divide():
