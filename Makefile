@@ -20,7 +20,7 @@ CORE := tests/test_imports.py tests/scaling/data \
 venv:
 	@python3 tools/venv.py $(VENV) $(if $(PYTHON_VERSION),--python $(PYTHON_VERSION))
 
-quickstart: venv  ## plan, train, fit and report a small compute-optimal study (about 4 minutes on 2 cores)
+quickstart: venv  ## plan, train, fit and report a small compute-optimal study (about 6 minutes on 2 cores)
 	@$(BIN)/scaling plan experiments/quickstart.py --study $(STUDY)
 	@$(BIN)/scaling run $(STUDY)
 	@$(BIN)/scaling fit $(STUDY)

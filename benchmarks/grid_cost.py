@@ -192,6 +192,11 @@ def losses(study: Path) -> dict:
     }
 
 
+def seeds_apart(seed: float) -> float:
+    """What two seeds of one cell differ by at most 95 times of 100, by one seed's standard deviation."""
+    return NORMAL_95 * np.sqrt(2) * seed
+
+
 def summary(trunks: Path, cosine: Path, second: Path, ours: dict, theirs: dict) -> dict:
     flops = saving(entries_of(trunks))
     base = sum(e["achieved"]["flops"] for e in entries_of(cosine))
@@ -213,7 +218,7 @@ def summary(trunks: Path, cosine: Path, second: Path, ours: dict, theirs: dict) 
         "cpu_ratio": theirs["cpu"] / ours["cpu"], "flops_ratio": base / flops["spent"], "limit": LIMIT,
         "flops": {"trunks": flops["spent"], "cosine": base}, "seed_noise": float(seed),
         "gap_mean": float(gap.mean()), "gap_rms": float(np.sqrt(np.mean(gap**2))), "cells": len(gap),
-        "within": int((np.abs(gap) <= NORMAL_95 * np.sqrt(2) * seed).sum()),
+        "within": int((np.abs(gap) <= seeds_apart(seed)).sum()),
         "losses": [{"params": k[0], "tokens": k[1], "trunks": ours_at[k], "cosine": theirs_at[k]}
             for k in sorted(theirs_at)
         ],
@@ -223,7 +228,7 @@ def summary(trunks: Path, cosine: Path, second: Path, ours: dict, theirs: dict) 
 
 def text(got: dict) -> str:
     ours, theirs, laws = got["ours"], got["theirs"], got["laws"]
-    apart = NORMAL_95 * np.sqrt(2) * got["seed_noise"]
+    apart = seeds_apart(got["seed_noise"])
     worse = sum(np.log(row["trunks"] / row["cosine"]) > apart for row in got["losses"])
     lines = [
         "# Trunk and branch against one cosine run a cell",

@@ -15,4 +15,5 @@ def long_but(kept, cases):
 
 def _marked(mark, kept, cases):
     assert {*kept} <= {*cases}, kept
-    return [name if name in kept else pytest.param(name, marks=mark) for name in cases]
+    values = lambda case: case if isinstance(case, tuple) else (case,)  # noqa: E731
+    return [case if case in kept else pytest.param(*values(case), marks=mark) for case in cases]
